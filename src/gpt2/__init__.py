@@ -1,0 +1,1 @@
+"""GPT-2 from scratch: the library behind the pipeline's stages."""

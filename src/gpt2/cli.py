@@ -1,0 +1,28 @@
+"""How every command ends: its exit code, and one line on standard error for a user's mistake."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its message is one line that says how."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run main and exit: 0 on success, 2 on a UserError, 130 on Ctrl-C."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        sys.exit(fail(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, e.g. `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(error: UserError) -> int:
+    """Print the error line and return the exit code for it."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,194 @@
+"""params.yaml as frozen, typed models: everything that is wrong with it is reported at once, before any work."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from gpt2.cli import UserError
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 6e-4 as text; every other reader of params.yaml, and every user, as a number."""
+    is_exponential = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if is_exponential else value
+
+
+Float = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Fraction = Annotated[Float, Field(gt=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Section(BaseModel):
+    """What all sections share: no unknown keys, no silent conversions, no changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class PrepareParams(Section):
+    source: Annotated[str, Field(min_length=1)]
+    val_fraction: Fraction
+    test_fraction: Fraction
+
+    @model_validator(mode="after")
+    def _leave_training_text(self) -> Self:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction and test_fraction leave nothing to train on")
+        return self
+
+
+class ModelParams(Section):
+    d_model: Count
+    n_layers: Count
+    n_heads: Count
+    d_ff: Count
+    max_len: Count
+    dropout: Annotated[Float, Field(ge=0, lt=1)]
+    tie_weights: bool
+    qkv_bias: bool
+    activation: Literal["gelu", "gelu_tanh"]
+
+    @model_validator(mode="after")
+    def _divide_heads(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        return self
+
+
+class TrainParams(Section):
+    seed: Seed
+    max_steps: Count
+    batch_size: Count
+    micro_batch_size: Count
+    sequence_length: Count
+    optimizer: Literal["adamw", "muon"]
+    learning_rate: Annotated[Float, Field(gt=0)]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    decay_fraction: Annotated[Float, Field(ge=0, le=1)]
+    weight_decay: Annotated[Float, Field(ge=0)]
+    grad_clip: Annotated[Float, Field(gt=0)]
+    log_interval: Count
+    eval_interval: Count
+    eval_windows: Count
+    threads: Annotated[int, Field(gt=0, le=1024)]
+    device: Device
+    precision: Precision
+
+    @model_validator(mode="after")
+    def _divide_batch(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class EvaluateParams(Section):
+    stride: Count
+    batch_size: Count
+
+
+class SamplingParams(Section):
+    """How a next token is drawn: see sampling.py."""
+
+    temperature: Annotated[Float, Field(ge=0)]
+    top_k: Count | None = None
+    top_p: Annotated[Float, Field(gt=0, le=1)] | None = None
+
+
+class SampleParams(Section):
+    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    settings: Annotated[list[SamplingParams], Field(min_length=1)]
+    max_tokens: Count
+    seed: Seed
+
+
+class RegisterParams(Section):
+    name: Name
+    alias: Name
+
+
+class Params(Section):
+    prepare: PrepareParams
+    model: ModelParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    sample: SampleParams
+    register_: Annotated[RegisterParams, Field(alias="register")]
+
+    @model_validator(mode="after")
+    def _fit_context(self) -> Self:
+        for name, value in (
+            ("train.sequence_length", self.train.sequence_length),
+            ("evaluate.stride", self.evaluate.stride),
+        ):
+            if value > self.model.max_len:
+                raise ValueError(f"{name} {value} is longer than model.max_len {self.model.max_len}")
+        return self
+
+
+class ModelConfig(ModelParams):
+    """A saved model's shape, as in its config.json: the parameters and the tokenizer's vocabulary."""
+
+    vocab_size: Count
+
+
+def load_params(path: Path) -> Params:
+    """Read and check params.yaml. Raises UserError with every problem in one line."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, UnicodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return check(Params, raw, path.name)
+
+
+def check(model: type[AnyModel], raw: Any, where: str) -> AnyModel:
+    """Validate raw against model. Raises UserError that lists every problem, with the nearest known name."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        problems = [_describe(model, problem) for problem in error.errors(include_url=False)]
+        raise UserError(f"{where}: {'; '.join(problems)}") from None
+
+
+def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested sections into one level: {"train": {"seed": 1}} becomes {"train.seed": 1}; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _describe(model: type[BaseModel], problem: Any) -> str:
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location, _known_names(model), n=1, cutoff=0.5)
+        return f"{location} is unknown" + (f" (did you mean {near[0]}?)" if near else "")
+    if problem["type"] == "missing":
+        return f"{location} is missing"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    shown = repr(problem["input"])
+    is_combination = problem["type"] == "value_error" or not location
+    value = "" if is_combination else f" ({shown if len(shown) <= 40 else shown[:37] + '...'})"
+    return f"{location}{': ' if location and is_combination else ' ' if location else ''}{message}{value}"
+
+
+def _known_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for key, field in model.model_fields.items():
+        name = prefix + (field.alias or key)
+        names.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += _known_names(field.annotation, f"{name}.")
+    return names

@@ -1,0 +1,49 @@
+"""What a result was made from, as hashes: the same inputs have the same key in every clone."""
+
+import hashlib
+import json
+import subprocess
+from typing import Any
+
+import torch
+import yaml
+
+from gpt2.config import Params
+from gpt2.files import sha256_of
+from gpt2.project import ROOT
+
+
+def train_key(params: Params) -> str:
+    """Return the hash of what training depends on: the files that dvc.yaml lists for it, its parameters, PyTorch."""
+    pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    return _hash(
+        {
+            "files": {path: sha256_of(ROOT / path) for path in pipeline["stages"]["train"]["deps"]},
+            "model": params.model.model_dump(),
+            "train": params.train.model_dump(),
+            "torch": torch.__version__,
+        }
+    )
+
+
+def run_key(params: Params, train_key: str) -> str:
+    """Return the hash that names one run of the whole pipeline."""
+    return _hash({"train_key": train_key, "params": params.model_dump(by_alias=True)})
+
+
+def git_commit() -> str | None:
+    """Return the commit that is checked out, with "-dirty" if tracked files differ; None outside git."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return commit + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

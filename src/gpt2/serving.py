@@ -1,0 +1,36 @@
+"""The model as MLflow serves it: MLflow runs this file when it loads a registered model."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from gpt2 import tokenizer
+from gpt2.config import SamplingParams
+from gpt2.sampling import generate
+from gpt2.weights import load_model
+
+
+class TextGenerator(PythonModel):
+    """Continues prompts. Parameters and their defaults stand in the model's signature; top_k 0 means all tokens."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the weights once, verified."""
+        self.model, _ = load_model(Path(context.artifacts["model"]))
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """Return the text that follows each prompt, one row each."""
+        given = params or {}
+        setting = SamplingParams(temperature=given["temperature"], top_k=given["top_k"] or None, top_p=given["top_p"])
+        texts = []
+        for prompt in model_input["prompt"]:
+            tokens = generate(self.model, tokenizer.encode(prompt), given["max_tokens"], setting, given["seed"])
+            texts.append("".join(tokenizer.decode_stream(tokens)))
+        return pd.DataFrame({"text": texts})
+
+
+set_model(TextGenerator())

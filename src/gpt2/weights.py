@@ -1,0 +1,105 @@
+"""Model folders: weights in safetensors, their shape and SHA-256 in config.json. Nothing here runs code from a file."""
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpt2.cli import UserError
+from gpt2.config import ModelConfig, ModelParams, check
+from gpt2.files import read_json, sha256_of, write_json
+from gpt2.model import GPT2Model
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+# Names of the original project's later version, and what they are called here.
+LATER_NAMES = (
+    (r"\.attn\.", ".attention."),
+    (r"\.mlp\.c_fc\.", ".feed_forward.linear1."),
+    (r"\.mlp\.c_proj\.", ".feed_forward.linear2."),
+)
+
+
+def save_model(model: GPT2Model, params: ModelParams, vocab_size: int, folder: Path) -> str:
+    """Write folder/model.safetensors and folder/config.json; return the weights' SHA-256.
+
+    The same weights give the same bytes. Tied weights are written once, as token_embedding.
+    """
+    state = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    if params.tie_weights:
+        del state["output_projection.weight"]
+    save_file(state, folder / WEIGHTS)
+    digest = sha256_of(folder / WEIGHTS)
+    config = {**params.model_dump(), "vocab_size": vocab_size}
+    write_json(folder / CONFIG, {"model": config, "model_sha256": digest})
+    return digest
+
+
+def load_model(path: Path) -> tuple[GPT2Model, ModelConfig]:
+    """Return the model saved at `path`, ready to generate on the CPU, and its configuration.
+
+    `path` is a model folder, its .safetensors file, or a checkpoint (.pt, .pth) of the original project. Raises
+    UserError if it is missing, broken, of another shape than its configuration, or its SHA-256 is not the recorded.
+    """
+    if path.suffix in (".pt", ".pth"):
+        config, state = _read_original_checkpoint(path)
+    else:
+        config, state = _read_model_folder(path if path.is_dir() else path.parent, path)
+    model = GPT2Model(**config.model_dump())
+    if config.tie_weights:
+        state.setdefault("output_projection.weight", state.get("token_embedding.weight", Tensor()))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold the weights of its configuration: {error}") from None
+    return model.eval(), config
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, str]:
+    """Return the configuration and the weights' SHA-256 recorded in a model folder. Raises UserError."""
+    path = folder / CONFIG
+    raw = read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_sha256"), str):
+        raise UserError(f"{path} is not a model's configuration")
+    return check(ModelConfig, raw.get("model"), str(path)), raw["model_sha256"]
+
+
+def _read_model_folder(folder: Path, shown: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    if not shown.exists():
+        raise UserError(f"{shown} does not exist")
+    weights = folder / WEIGHTS if shown.is_dir() else shown
+    config, recorded = read_config(folder)
+    if sha256_of(weights) != recorded:
+        raise UserError(f"{weights} is damaged or not the model of its {CONFIG}: its SHA-256 is not {recorded}")
+    try:
+        return config, load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights} is not a safetensors file: {error}") from None
+
+
+def _read_original_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read a dict with model_state_dict and model_config, saved by torch.save, without running code from it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state, shape = checkpoint["model_state_dict"], checkpoint["model_config"]
+        names = {name: _present_name(name) for name in state}
+        raw = {"dropout": 0.0, "tie_weights": False, "activation": "gelu", **shape}
+        raw["qkv_bias"] = any(name.endswith("w_q.bias") for name in names.values())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is refused: it is damaged, or holds more than weights") from None
+    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError, OSError):
+        raise UserError(f"{path} is not a checkpoint with model_state_dict and model_config") from None
+    config = check(ModelConfig, raw, f"{path}: model_config")
+    return config, {names[name]: weight for name, weight in state.items()}
+
+
+def _present_name(name: str) -> str:
+    for pattern, present in LATER_NAMES:
+        name = re.sub(pattern, present, name)
+    return name

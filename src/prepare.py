@@ -1,0 +1,20 @@
+"""Stage prepare: the corpus becomes token files in data/tokens."""
+
+from gpt2.cli import run_command
+from gpt2.config import load_params
+from gpt2.corpus import read_corpus
+from gpt2.project import PARAMS, ROOT, TOKENS, main_root
+from gpt2.token_files import write_token_files
+
+
+def main() -> None:
+    params = load_params(PARAMS).prepare
+    documents = read_corpus(params.source, [ROOT, main_root()])
+    TOKENS.mkdir(parents=True, exist_ok=True)
+    meta = write_token_files(documents, TOKENS, params.source, params.val_fraction, params.test_fraction)
+    for name, split in meta["splits"].items():
+        print(f"{name:5} {split['documents']:8,} documents {split['bytes']:13,} bytes {split['tokens']:12,} tokens")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,51 @@
+"""Stage sample: the trained model continues every prompt under every setting, as a table and as a page to read."""
+
+import pandas as pd
+
+from gpt2 import tokenizer
+from gpt2.cli import run_command
+from gpt2.config import SampleParams, load_params
+from gpt2.files import write_text
+from gpt2.model import GPT2Model
+from gpt2.project import MODEL, PARAMS, SAMPLES
+from gpt2.runtime import choose_device, use_threads
+from gpt2.sampling import generate
+from gpt2.weights import load_model
+
+
+def main() -> None:
+    params = load_params(PARAMS)
+    use_threads(params.train.threads)
+    model, _ = load_model(MODEL)
+    table = sample(model.to(choose_device(params.train.device)), params.sample)
+    write_text(SAMPLES / "samples.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_text(SAMPLES / "samples.md", page(table))
+    print(f"{len(table)} samples in data/samples")
+
+
+def sample(model: GPT2Model, params: SampleParams) -> pd.DataFrame:
+    """Return one row for each prompt and setting."""
+    rows = []
+    for prompt in params.prompts:
+        for setting in params.settings:
+            tokens = generate(model, tokenizer.encode(prompt), params.max_tokens, setting, params.seed)
+            text = "".join(tokenizer.decode_stream(tokens))
+            rows.append({"prompt": prompt, **setting.model_dump(), "seed": params.seed, "text": text})
+    return pd.DataFrame(rows).astype({"top_k": "Int64"})
+
+
+def page(table: pd.DataFrame) -> str:
+    """Return the samples as markdown: a section for each prompt, the prompt in bold before what follows it."""
+    parts = ["# Samples\n"]
+    for prompt, rows in table.groupby("prompt", sort=False):
+        parts.append(f"## {prompt}\n")
+        for row in rows.to_dict("records"):
+            names = ("temperature", "top_k", "top_p", "seed")
+            setting = ", ".join(f"{name} {row[name]}" for name in names if pd.notna(row[name]))
+            text = str(row["text"]).replace("\n", "\n> ")
+            parts.append(f"*{setting}*\n\n> **{prompt}**{text}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    run_command(main)

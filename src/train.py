@@ -1,0 +1,45 @@
+"""Stage train: a GPT-2 learns the training split; its weights go to data/model, its curves to data/plots."""
+
+import torch
+
+from gpt2 import tracking
+from gpt2.batches import load_tokens
+from gpt2.cli import run_command
+from gpt2.config import load_params
+from gpt2.curves import write_curves
+from gpt2.files import read_json, write_json
+from gpt2.model import GPT2Model
+from gpt2.project import METRICS, MODEL, PARAMS, PLOTS, TOKENS
+from gpt2.runtime import keep_freed_memory, use_threads
+from gpt2.training import train
+from gpt2.weights import save_model
+
+
+def main() -> None:
+    params = load_params(PARAMS)
+    use_threads(params.train.threads)
+    keep_freed_memory()
+    vocab_size = read_json(TOKENS / "meta.json")["vocab_size"]
+    torch.manual_seed(params.train.seed)
+    model = GPT2Model(vocab_size=vocab_size, **params.model.model_dump())
+    print(f"{model.count_parameters():,} parameters")
+
+    history: list[tuple[int, dict[str, float]]] = []
+    with tracking.training_run(params) as tracker:
+
+        def log_metrics(step: int, metrics: dict[str, float]) -> None:
+            history.append((step, metrics))
+            tracker.log_metrics(step, metrics)
+
+        train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
+        metrics = train(model, train_tokens, val_tokens, params.train, log_metrics)
+
+    MODEL.mkdir(parents=True, exist_ok=True)
+    digest = save_model(model, params.model, vocab_size, MODEL)
+    write_curves(history, PLOTS)
+    write_json(METRICS / "train.json", metrics)
+    print(f"val loss {metrics['val_loss']:.4f}, perplexity {metrics['val_perplexity']:.2f}; weights {digest[:12]}")
+
+
+if __name__ == "__main__":
+    run_command(main)

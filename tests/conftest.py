@@ -1,0 +1,97 @@
+"""Shared by all tests: a model, parameters and texts so small that the whole suite takes seconds."""
+
+import contextlib
+import io
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import settings
+
+from gpt2.cli import UserError, fail
+from gpt2.config import ModelParams, TrainParams, check
+from gpt2.model import GPT2Model
+
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("quick")
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).parents[1]
+TINY_VOCABULARY = 61
+TINY = {
+    "d_model": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "d_ff": 32,
+    "max_len": 12,
+    "dropout": 0.0,
+    "tie_weights": False,
+    "qkv_bias": False,
+    "activation": "gelu",
+}
+
+
+@pytest.fixture(scope="session")
+def shipped_text() -> str:
+    return (REPOSITORY / "params.yaml").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def shipped(shipped_text: str) -> dict[str, Any]:
+    return yaml.safe_load(shipped_text)
+
+
+@pytest.fixture(scope="session")
+def make_model_params() -> Callable[..., ModelParams]:
+    return lambda **changes: check(ModelParams, TINY | changes, "tiny")
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., GPT2Model]:
+    """Build a tiny model; with `random`, every weight, bias and norm is far from its usual first value."""
+
+    def make(*, seed: int = 0, random: bool = False, **changes: Any) -> GPT2Model:
+        torch.manual_seed(seed)
+        model = GPT2Model(**{"vocab_size": TINY_VOCABULARY} | TINY | changes)
+        if random:
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, mean=0.1, std=0.4)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_train_params(shipped_text: str) -> Callable[..., TrainParams]:
+    section = yaml.safe_load(shipped_text)["train"]
+    tiny = {"batch_size": 4, "micro_batch_size": 4, "sequence_length": 8, "device": "cpu", "precision": "float32"}
+    return lambda **changes: check(TrainParams, section | tiny | changes, "tiny")
+
+
+@pytest.fixture(scope="session")
+def error_line() -> Callable[[Callable[[], object]], str]:
+    """Do what a user should not; return the one line that a command prints for it."""
+
+    def run(mistake: Callable[[], object]) -> str:
+        with pytest.raises(UserError) as caught:
+            mistake()
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            assert fail(caught.value) == 2
+        line = printed.getvalue()
+        assert line.startswith("error: ") and line.endswith("\n") and len(line.splitlines()) == 1, line
+        return line
+
+    return run
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

@@ -1,0 +1,98 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2 import loss
+from gpt2.loss import linear_cross_entropy
+
+CHUNK_ROWS = 4
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_ROWS", CHUNK_ROWS)
+
+
+def make_inputs(rows: int, dtype: torch.dtype = torch.float64, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    features = torch.randn(rows, width, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(23, width, generator=generator, dtype=dtype, requires_grad=True)
+    return features, weight, torch.randint(23, (rows,), generator=generator)
+
+
+def plain(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(features @ weight.T, targets)
+
+
+@pytest.mark.parametrize("rows", [1, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 3 * CHUNK_ROWS - 1])
+def test_value_and_gradients_equal_the_plain_computation(rows: int) -> None:
+    features, weight, targets = make_inputs(rows)
+    value, expected = linear_cross_entropy(features, weight, targets), plain(features, weight, targets)
+    torch.testing.assert_close(value, expected, atol=1e-10, rtol=0)
+    # Scaled, since a gradient that ignored what flows into the loss would pass unscaled.
+    gradients = torch.autograd.grad(3 * value, (features, weight))
+    for gradient, one in zip(gradients, torch.autograd.grad(3 * expected, (features, weight)), strict=True):
+        torch.testing.assert_close(gradient, one, atol=1e-10, rtol=0)
+
+
+def test_gradcheck() -> None:
+    features, weight, targets = make_inputs(CHUNK_ROWS + 1)
+    assert torch.autograd.gradcheck(lambda *both: linear_cross_entropy(*both, targets), (features, weight))
+
+
+@pytest.mark.parametrize("without", ["features", "weight"])
+def test_one_side_alone_may_need_a_gradient(without: str) -> None:
+    features, weight, targets = make_inputs(5)
+    fixed = {"features": features, "weight": weight}[without].requires_grad_(False)
+    moved = weight if without == "features" else features
+    gradient = torch.autograd.grad(linear_cross_entropy(features, weight, targets), moved)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain(features, weight, targets), moved)[0])
+    assert fixed.grad is None
+
+
+def test_inputs_stay_as_they_are() -> None:
+    features, weight, targets = make_inputs(5)
+    copies = [one.detach().clone() for one in (features, weight, targets)]
+    linear_cross_entropy(features, weight, targets).backward()
+    assert all(torch.equal(one, copy) for one, copy in zip((features, weight, targets), copies, strict=True))
+
+
+def test_large_logits_do_not_overflow() -> None:
+    features, weight, targets = make_inputs(5)
+    value = linear_cross_entropy(1000 * features, weight, targets)
+    torch.testing.assert_close(value, plain(1000 * features, weight, targets), atol=0, rtol=1e-10)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_value_is_the_same(mode: type[torch.no_grad] | type[torch.inference_mode]) -> None:
+    features, weight, targets = make_inputs(5)
+    with mode():
+        value = linear_cross_entropy(features, weight, targets)
+    assert not value.requires_grad
+    assert value.item() == linear_cross_entropy(features, weight, targets).item()
+
+
+@pytest.mark.parametrize("rows", [5, 64])
+def test_under_autocast_no_farther_from_the_truth_than_the_plain_computation(rows: int) -> None:
+    features, weight, targets = make_inputs(rows, torch.float32, width=32)
+    exact = [one.detach().double().requires_grad_() for one in (features, weight)]
+    truth_value = plain(*exact, targets)
+    truth = (truth_value, *torch.autograd.grad(truth_value, exact))
+
+    def distances(function: Callable[..., Tensor]) -> list[float]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = function(features, weight, targets)
+        assert value.dtype == torch.float32
+        found = (value, *torch.autograd.grad(value, (features, weight)))
+        return [(one.double() - true).norm().item() for one, true in zip(found, truth, strict=True)]
+
+    def plain_autocast(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(features, weight), targets)
+
+    for name, ours, theirs in zip(
+        ("value", "features", "weight"), distances(linear_cross_entropy), distances(plain_autocast), strict=True
+    ):
+        assert ours <= theirs * 1.02 + 1e-6, name
