@@ -7,6 +7,7 @@ from gpt2.cli import run_command
 from gpt2.config import load_params
 from gpt2.evaluation import mean_loss_of_text
 from gpt2.files import read_json, write_json
+from gpt2.loss import perplexity
 from gpt2.project import METRICS, MODEL, PARAMS, TOKENS
 from gpt2.runtime import autocast, choose_device, choose_precision, keep_freed_memory, use_threads
 from gpt2.weights import load_model
@@ -24,7 +25,7 @@ def main() -> None:
         loss = mean_loss_of_text(model.to(device), tokens, params.evaluate.stride, params.evaluate.batch_size)
     metrics = {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "bits_per_byte": loss * len(tokens) / math.log(2) / text_bytes,
         "tokens": len(tokens),
         "bytes": text_bytes,

@@ -25,16 +25,15 @@ def main() -> None:
     print(f"{model.count_parameters():,} parameters")
 
     history: list[tuple[int, dict[str, float]]] = []
-    with tracking.training_run(params) as tracker:
+    with tracking.training_run(params) as log_to_mlflow:
 
         def log_metrics(step: int, metrics: dict[str, float]) -> None:
             history.append((step, metrics))
-            tracker.log_metrics(step, metrics)
+            log_to_mlflow(step, metrics)
 
         train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
         metrics = train(model, train_tokens, val_tokens, params.train, log_metrics)
 
-    MODEL.mkdir(parents=True, exist_ok=True)
     digest = save_model(model, params.model, vocab_size, MODEL)
     write_curves(history, PLOTS)
     write_json(METRICS / "train.json", metrics)

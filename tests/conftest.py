@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parents[1]
 TINY_VOCABULARY = 61
-TINY = {
+TINY: dict[str, Any] = {
     "d_model": 16,
     "n_layers": 2,
     "n_heads": 2,

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its message is one line that says how."""
+    """A mistake that the user can mend; its message says how."""
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run main and exit: 0 on success, 2 on a UserError, 130 on Ctrl-C."""
+    """Run main. Exit with 2 on a UserError or what the system refuses (a full disk, no permission), 130 on Ctrl-C."""
     try:
         main()
         sys.stdout.flush()
@@ -20,9 +20,11 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader, e.g. `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        sys.exit(fail(error))
 
 
-def fail(error: UserError) -> int:
-    """Print the error line and return the exit code for it."""
+def fail(error: Exception) -> int:
+    """Print an error as one line and return the exit code for it."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

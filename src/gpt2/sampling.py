@@ -12,16 +12,19 @@ from gpt2.config import SamplingParams
 from gpt2.model import GPT2Model
 from gpt2.tokenizer import END_OF_TEXT_ID
 
+GREEDY_BELOW = 1e-6  # a temperature that float32 cannot divide by is as good as 0
+
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Return logits (V,) with all but the k largest at -inf (Fan et al. 2018, section 5)."""
-    if k >= logits.numel():
-        return logits
-    return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
+    best = logits.topk(min(k, logits.numel()))
+    return torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Return logits (V,) with all at -inf but the fewest largest that hold probability p (Holtzman et al. 2020)."""
+    if p == 1:
+        return logits
     ordered, order = logits.sort(descending=True)
     probabilities = ordered.softmax(-1)
     beyond = probabilities.cumsum(-1) - probabilities >= p  # what stands before already holds p
@@ -30,9 +33,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator) -> int:
     """Draw a token from logits (V,): the largest at temperature 0, else at random after top_k, then top_p."""
-    if setting.temperature == 0:
+    if setting.temperature < GREEDY_BELOW:
         return int(logits.argmax())
-    logits = logits.float() / setting.temperature
+    logits = (logits.float() - logits.max()) / setting.temperature
     if setting.top_k is not None:
         logits = keep_top_k(logits, setting.top_k)
     if setting.top_p is not None:

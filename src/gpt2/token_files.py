@@ -15,7 +15,6 @@ from gpt2.corpus import SPLITS, Document, digest, split_documents
 from gpt2.files import write_json
 
 DTYPE = np.dtype("<u2")
-LONGEST_RUN = 1 << 16  # characters without white space, e.g. base64; a longer run is cut there
 
 
 def write_token_files(
@@ -63,7 +62,7 @@ def cut_at_spaces(pieces: Iterable[str]) -> Iterator[str]:
     """Cut a stream of text anew, so that encoding the parts gives the tokens of the whole.
 
     GPT-2's pattern never matches across the border from a character to white space after it, so that is where
-    cuts are safe. Only a run of more than LONGEST_RUN characters without any such border is cut inside.
+    cuts are safe. Only a run of more than LONGEST_RUN characters without any such border, e.g. base64, is cut inside.
     """
     kept = ""
     for piece in pieces:
@@ -72,9 +71,9 @@ def cut_at_spaces(pieces: Iterable[str]) -> Iterator[str]:
         if cut:
             yield kept[:cut]
             kept = kept[cut:]
-        while len(kept) > LONGEST_RUN:
-            yield kept[:LONGEST_RUN]
-            kept = kept[LONGEST_RUN:]
+        while len(kept) > tokenizer.LONGEST_RUN:
+            yield kept[: tokenizer.LONGEST_RUN]
+            kept = kept[tokenizer.LONGEST_RUN :]
     if kept:
         yield kept
 

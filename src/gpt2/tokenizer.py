@@ -4,6 +4,8 @@ tiktoken's own `get_encoding("gpt2")` downloads the same two files; here their h
 """
 
 import codecs
+import itertools
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -17,6 +19,10 @@ NAME = "gpt2"
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256
 VOCAB_SIZE = 50257
+
+# tiktoken gives up on text without a border between words; a longer run of (or without) white space is cut there.
+LONGEST_RUN = 1 << 16
+_LONG_RUN = re.compile(rf"\S{{{LONGEST_RUN}}}|\s{{{LONGEST_RUN}}}")
 
 # The SHA-256 that tiktoken itself pins for GPT-2 (tiktoken_ext/openai_public.py).
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -47,7 +53,10 @@ def load_tokenizer() -> tiktoken.Encoding:
 
 def encode(text: str) -> list[int]:
     """Encode text in which nothing is special: a literal "<|endoftext|>" is ordinary characters."""
-    return load_tokenizer().encode_ordinary(text)
+    tokenizer = load_tokenizer()
+    bounds = [0, *(match.end() for match in _LONG_RUN.finditer(text)), len(text)]
+    parts = (text[start:end] for start, end in itertools.pairwise(bounds))
+    return [token for part in parts for token in tokenizer.encode_ordinary(part)]
 
 
 def decode_stream(tokens: Iterable[int]) -> Iterator[str]:

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 
 from filelock import FileLock
 
@@ -19,6 +20,7 @@ from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 
+from gpt2.cli import UserError
 from gpt2.config import Params, flatten
 from gpt2.curves import read_curves
 from gpt2.files import read_json
@@ -30,6 +32,8 @@ FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
 BATCH_LIMIT = 1000  # points in one call, MLflow's own limit
 STORE_ERRORS = (MlflowException, OSError)
 SAMPLES_TABLE = "samples/samples.json"
+
+LogMetrics = Callable[[int, dict[str, float]], None]
 
 TRAIN_KEY, RUN_KEY, MODEL_SHA256 = "gpt2.train_key", "gpt2.run_key", "gpt2.model_sha256"
 EXPERIMENT_NAME = "dvc.experiment"
@@ -49,8 +53,9 @@ def connect() -> str:
 
     The store is the one that MLFLOW_TRACKING_URI names, else mlflow.db and mlartifacts/ in the main checkout.
     """
-    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent", "mlflow.system_metrics"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for chatty in ("alembic", "mlflow"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"mlflow\.")  # advice on schemas and input examples
     root = main_root()
     remote = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(remote or f"sqlite:///{(root / 'mlflow.db').as_posix()}")
@@ -67,17 +72,17 @@ def connect() -> str:
 
 
 class Tracker:
-    """Logs metrics to one run, in batches, and never a point of a curve that the run has already.
+    """Logs metrics to one run, in batches, and never a point of a curve that the run has already."""
 
-    A store that fails stops the logging, not the training: register completes the run from the files.
-    """
-
-    def __init__(self, run: Run | None) -> None:
-        self._run_id = run.info.run_id if run else None
+    def __init__(self, run: Run) -> None:
+        self._run_id = run.info.run_id
         self._client = mlflow.MlflowClient()
         self._buffer: list[Metric] = []
         self._flushed = time.monotonic()
-        self._last_step = {name: self._find_last_step(run, name) for name in run.data.metrics} if run else {}
+        self._last_step = {
+            name: max(point.step for point in self._client.get_metric_history(self._run_id, name))
+            for name in run.data.metrics
+        }
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Log the values of some metrics after `step` optimizer steps."""
@@ -93,61 +98,74 @@ class Tracker:
         """Write what is buffered."""
         points, self._buffer = self._buffer, []
         self._flushed = time.monotonic()
-        if self._run_id is None:
-            return
-        try:
-            for start in range(0, len(points), BATCH_LIMIT):
-                self._client.log_batch(self._run_id, metrics=points[start : start + BATCH_LIMIT])
-        except STORE_ERRORS as error:
-            _warn(error)
-            self._run_id = None
-
-    def _find_last_step(self, run: Run, name: str) -> int:
-        return max(point.step for point in self._client.get_metric_history(run.info.run_id, name))
+        for start in range(0, len(points), BATCH_LIMIT):
+            self._client.log_batch(self._run_id, metrics=points[start : start + BATCH_LIMIT])
 
 
 @contextlib.contextmanager
-def training_run(params: Params) -> Iterator[Tracker]:
-    """Open the run in which a training logs; one that died before its end is continued.
+def training_run(params: Params) -> Iterator[LogMetrics]:
+    """Open the run in which a training logs, and yield what logs there; a run that died before its end is continued.
 
-    From here on the run is incomplete until register has been run, so register's receipt is withdrawn.
+    From here on the run is incomplete until register has been run, so register's receipt is withdrawn. A store that
+    fails stops the logging, not the training: register completes the run from the files.
     """
     RECEIPT.unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
-        run = None
+        tracker: Tracker | None = None
         try:
-            run = stack.enter_context(_open_run(params, "attributes.status = 'RUNNING'"))
+            tracker = Tracker(stack.enter_context(_open_run(params, is_training=True)))
         except STORE_ERRORS as error:
             _warn(error)
-        tracker = Tracker(run)
-        yield tracker
-        tracker.flush()
+
+        def log_metrics(step: int, metrics: dict[str, float]) -> None:
+            nonlocal tracker
+            try:
+                if tracker:
+                    tracker.log_metrics(step, metrics)
+                    if step == params.train.max_steps:
+                        tracker.flush()
+            except STORE_ERRORS as error:
+                _warn(error)
+                tracker = None
+
+        yield log_metrics
 
 
 @contextlib.contextmanager
 def mirror_run(params: Params, model_sha256: str) -> Iterator[Run]:
-    """Open the run of the pipeline's present files, completed from them, or made anew if the store has none."""
-    with _open_run(params, "") as run:
-        tracker = Tracker(run)
-        for name, points in read_curves(PLOTS).items():
-            for step, value in points:
-                tracker.log_metrics(step, {name: value})
-        tracker.log_metrics(params.train.max_steps, _final_metrics())
-        tracker.flush()
-        mlflow.set_tag(MODEL_SHA256, model_sha256)
-        if not (run.inputs and run.inputs.dataset_inputs):
-            _log_dataset(params.prepare.source)
-        mlflow.log_artifact(str(PARAMS), "config")
-        for folder in (METRICS, PLOTS, SAMPLES):
-            mlflow.log_artifacts(str(folder), folder.name)
-        if not mlflow.artifacts.list_artifacts(run_id=run.info.run_id, artifact_path=SAMPLES_TABLE):
-            mlflow.log_table(pd.read_csv(SAMPLES / "samples.csv"), SAMPLES_TABLE)
-        yield run
+    """Open the run of the pipeline's present files, completed from them, or made anew if the store has none.
+
+    Raises UserError if the store fails.
+    """
+    try:
+        with _open_run(params, is_training=False) as run:
+            _complete(run, params, model_sha256)
+            yield run
+    except STORE_ERRORS as error:
+        raise UserError(f"MLflow's store fails ({error}); run `dvc repro` again when it is back") from None
+
+
+def _complete(run: Run, params: Params, model_sha256: str) -> None:
+    """Log what the run lacks of the pipeline's files."""
+    tracker = Tracker(run)
+    for name, points in read_curves(PLOTS).items():
+        for step, value in points:
+            tracker.log_metrics(step, {name: value})
+    tracker.log_metrics(params.train.max_steps, _final_metrics())
+    tracker.flush()
+    mlflow.set_tag(MODEL_SHA256, model_sha256)
+    if not (run.inputs and run.inputs.dataset_inputs):
+        _log_dataset(params.prepare.source)
+    mlflow.log_artifact(str(PARAMS), "config")
+    for folder in (METRICS, PLOTS, SAMPLES):
+        mlflow.log_artifacts(str(folder), folder.name)
+    if not mlflow.artifacts.list_artifacts(run_id=run.info.run_id, artifact_path=SAMPLES_TABLE):
+        mlflow.log_table(pd.read_csv(SAMPLES / "samples.csv"), SAMPLES_TABLE)
 
 
 @contextlib.contextmanager
-def _open_run(params: Params, condition: str) -> Iterator[Run]:
-    """Open the latest run of these parameters that meets `condition`, or a new one."""
+def _open_run(params: Params, is_training: bool) -> Iterator[Run]:
+    """Open the latest run of these parameters, or a new one; a training continues only a run that never ended."""
     experiment_id = connect()
     key = train_key(params)
     tags = {TRAIN_KEY: key, RUN_KEY: run_key(params, key), "mlflow.source.name": "dvc repro"}
@@ -155,16 +173,16 @@ def _open_run(params: Params, condition: str) -> Iterator[Run]:
         tags[EXPERIMENT_NAME] = name
     if commit := git_commit():
         tags["mlflow.source.git.commit"] = commit
-    wanted = [f"tags.`{tag}` = '{tags[tag]}'" for tag in (RUN_KEY, EXPERIMENT_NAME) if tag in tags]
-    found = mlflow.MlflowClient().search_runs(
-        [experiment_id], " and ".join([*wanted, *filter(None, [condition])]), max_results=1
-    )
+    conditions = [f"tags.`{tag}` = '{tags[tag]}'" for tag in (RUN_KEY, EXPERIMENT_NAME) if tag in tags]
+    if is_training:
+        conditions.append("attributes.status = 'RUNNING'")
+    found = mlflow.MlflowClient().search_runs([experiment_id], " and ".join(conditions), max_results=1)
     with mlflow.start_run(
         run_id=found[0].info.run_id if found else None,
         experiment_id=experiment_id,
-        run_name=name or f"repro-{tags[RUN_KEY][:8]}",
-        tags=tags,
-        log_system_metrics=True,
+        run_name=None if found else name or f"repro-{tags[RUN_KEY][:8]}",
+        tags=None if found else tags,
+        log_system_metrics=is_training,
     ) as run:
         if not found:
             mlflow.log_params(_shown_params(params))

@@ -15,7 +15,7 @@ from tqdm import trange
 from gpt2.batches import Tokens, TrainingBatches, validation_batches
 from gpt2.cli import UserError
 from gpt2.config import TrainParams
-from gpt2.loss import linear_cross_entropy
+from gpt2.loss import linear_cross_entropy, perplexity
 from gpt2.model import GPT2Model
 from gpt2.optimization import build_optimizers, learning_rate_at, set_learning_rate
 from gpt2.runtime import autocast, choose_device, choose_precision, peak_memory_bytes
@@ -45,7 +45,7 @@ def train(
             return mean_loss(model, windows, device)
 
     model.train()
-    progress = trange(params.max_steps, desc="train", unit="step", dynamic_ncols=True)
+    progress = trange(params.max_steps, desc="train", unit="step", dynamic_ncols=True, mininterval=1)
     for step in progress:
         torch.manual_seed(params.seed + step)  # dropout too is a pure function of (seed, step)
         rate = learning_rate_at(step, params)
@@ -62,8 +62,7 @@ def train(
         last = done == params.max_steps
         if last or done % params.log_interval == 0:
             train_loss, tokens_per_second = meter.read()
-            if not math.isfinite(train_loss):
-                raise UserError(f"the loss is {train_loss} at step {done}, learning rate {rate:g}: try a lower rate")
+            check_finite(train_loss, done, rate)
             progress.set_postfix(loss=f"{train_loss:.3f}", tokens_per_s=f"{tokens_per_second:.0f}")
             log_metrics(
                 done,
@@ -75,11 +74,12 @@ def train(
             )
         if last or done % params.eval_interval == 0:
             val_loss = validate(None if last else params.eval_windows)
+            check_finite(val_loss, done, rate)
             log_metrics(done, {"val/loss": val_loss})
     return {
         "train_loss": train_loss,
         "val_loss": val_loss,
-        "val_perplexity": math.exp(val_loss),
+        "val_perplexity": perplexity(val_loss),
         "steps": params.max_steps,
         "tokens": params.max_steps * meter.batch_tokens,
         "tokens_per_second": meter.tokens_per_second(),
@@ -120,6 +120,12 @@ def next_token_loss(model: GPT2Model, inputs: Tensor, targets: Tensor) -> Tensor
     """Return the mean cross-entropy () in nats of targets (B, T)."""
     features = model.features(inputs)
     return linear_cross_entropy(features.flatten(0, 1), model.output_projection.weight, targets.flatten())
+
+
+def check_finite(loss: float, step: int, rate: float) -> None:
+    """Raise UserError if the loss seen after `step` steps is not a number to go on with."""
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} at step {step}, learning rate {rate:g}: try a lower train.learning_rate")
 
 
 class Meter:

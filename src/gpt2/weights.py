@@ -29,6 +29,7 @@ def save_model(model: GPT2Model, params: ModelParams, vocab_size: int, folder: P
 
     The same weights give the same bytes. Tied weights are written once, as token_embedding.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     state = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
     if params.tie_weights:
         del state["output_projection.weight"]
@@ -49,13 +50,16 @@ def load_model(path: Path) -> tuple[GPT2Model, ModelConfig]:
         config, state = _read_original_checkpoint(path)
     else:
         config, state = _read_model_folder(path if path.is_dir() else path.parent, path)
-    model = GPT2Model(**config.model_dump())
-    if config.tie_weights:
-        state.setdefault("output_projection.weight", state.get("token_embedding.weight", Tensor()))
+    if config.tie_weights and "token_embedding.weight" in state:
+        state["output_projection.weight"] = state["token_embedding.weight"]
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        with torch.device("meta"):  # shapes only: the file's tensors become the weights, once they are known to fit
+            model = GPT2Model(**config.model_dump())
+        model.load_state_dict({name: weight.float() for name, weight in state.items()}, assign=True)
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not hold the weights of its configuration: {error}") from None
+    if config.tie_weights:
+        model.output_projection.weight = model.token_embedding.weight
     return model.eval(), config
 
 
@@ -89,14 +93,14 @@ def _read_original_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor
         names = {name: _present_name(name) for name in state}
         raw = {"dropout": 0.0, "tie_weights": False, "activation": "gelu", **shape}
         raw["qkv_bias"] = any(name.endswith("w_q.bias") for name in names.values())
+        weights = {names[name]: weight.detach() for name, weight in state.items()}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it is damaged, or holds more than weights") from None
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError, OSError):
+    except Exception:  # torch.load meets a damaged file with errors of any kind
         raise UserError(f"{path} is not a checkpoint with model_state_dict and model_config") from None
-    config = check(ModelConfig, raw, f"{path}: model_config")
-    return config, {names[name]: weight for name, weight in state.items()}
+    return check(ModelConfig, raw, f"{path}: model_config"), weights
 
 
 def _present_name(name: str) -> str:

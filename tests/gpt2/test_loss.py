@@ -40,7 +40,7 @@ def test_value_and_gradients_equal_the_plain_computation(rows: int) -> None:
 
 def test_gradcheck() -> None:
     features, weight, targets = make_inputs(CHUNK_ROWS + 1)
-    assert torch.autograd.gradcheck(lambda *both: linear_cross_entropy(*both, targets), (features, weight))
+    assert torch.autograd.gradcheck(linear_cross_entropy, (features, weight, targets))
 
 
 @pytest.mark.parametrize("without", ["features", "weight"])
@@ -78,9 +78,9 @@ def test_without_gradients_the_value_is_the_same(mode: type[torch.no_grad] | typ
 @pytest.mark.parametrize("rows", [5, 64])
 def test_under_autocast_no_farther_from_the_truth_than_the_plain_computation(rows: int) -> None:
     features, weight, targets = make_inputs(rows, torch.float32, width=32)
-    exact = [one.detach().double().requires_grad_() for one in (features, weight)]
-    truth_value = plain(*exact, targets)
-    truth = (truth_value, *torch.autograd.grad(truth_value, exact))
+    exact = features.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact_value = plain(exact[0], exact[1], targets)
+    truth = (exact_value, *torch.autograd.grad(exact_value, exact))
 
     def distances(function: Callable[..., Tensor]) -> list[float]:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2.model import GPT2Model
+from gpt2.model import GPT2Model, TransformerBlock
 
 MakeModel = Callable[..., GPT2Model]
 
@@ -53,6 +53,10 @@ def test_default_model_prints_as_the_original_project(shipped: dict[str, Any]) -
     assert model.count_parameters() == 49_434_624
 
 
+def blocks_of(model: GPT2Model) -> list[TransformerBlock]:
+    return [block for block in model.transformer_blocks if isinstance(block, TransformerBlock)]
+
+
 def to_transformers(model: GPT2Model, config: GPT2Config) -> GPT2LMHeadModel:
     # Their Conv1D keeps its weight transposed, and q, k and v in one matrix.
     weights = {
@@ -62,7 +66,7 @@ def to_transformers(model: GPT2Model, config: GPT2Config) -> GPT2LMHeadModel:
         "transformer.ln_f.bias": model.layer_norm.bias,
         "lm_head.weight": model.output_projection.weight,
     }
-    for i, block in enumerate(model.transformer_blocks):
+    for i, block in enumerate(blocks_of(model)):
         attention, feed_forward, name = block.attention, block.feed_forward, f"transformer.h.{i}"
         qkv = (attention.w_q, attention.w_k, attention.w_v)
         weights |= {
@@ -169,12 +173,12 @@ def test_dropout_acts_in_training_alone(make_model: MakeModel, tokens: Tensor) -
 @pytest.mark.parametrize("place", ["attention weights", "attention output", "feed-forward output", "embeddings"])
 def test_dropout_acts_at_each_place(make_model: MakeModel, tokens: Tensor, place: str) -> None:
     model = make_model(random=True, dropout=0.5, n_layers=1)
-    block = model.transformer_blocks[0]
-    module = {
+    block = blocks_of(model)[0]
+    places: dict[str, nn.Module] = {
         "attention weights": block.attention,
         "attention output": block.dropout,
         "feed-forward output": block.feed_forward.dropout,
         "embeddings": model.dropout,
-    }[place]
-    module.training = True
+    }
+    places[place].training = True
     assert not torch.equal(model(tokens), model(tokens))

@@ -1,0 +1,206 @@
+"""Write text with a trained GPT-2: after one prompt, or in an interactive session."""
+
+import argparse
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import yaml
+from pydantic import Field
+
+from gpt2 import tokenizer
+from gpt2.cli import UserError, fail, run_command
+from gpt2.config import Count, ModelConfig, SamplingParams, Seed, check
+from gpt2.model import GPT2Model
+from gpt2.runtime import choose_device
+from gpt2.sampling import generate
+from gpt2.weights import load_model
+
+DEFAULT_MODEL = "models:/gpt2@champion"
+HELP = """\
+Type a prompt, or one of:
+  set NAME VALUE   change a setting, e.g. set temperature 1.2, set top_k none, set max_tokens 100, set seed 7
+  settings         show the settings
+  help             show this text
+  quit             leave (so does Ctrl-D); Ctrl-C stops a text"""
+
+
+class Settings(SamplingParams):
+    """What a user can set, on the command line and in a session; without a seed every text has a new one."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    top_k: Count | None = 40
+    max_tokens: Count = 50
+    seed: Seed | None = None
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse whose errors are the project's one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    given = {name: getattr(arguments, name) for name in Settings.model_fields}
+    settings = change({}, {name: text for name, text in given.items() if text is not None})
+    device = choose_device(arguments.device)
+    if arguments.prompt is not None:
+        check_prompt(arguments.prompt)
+
+    model, config = load_model(find_model(arguments.model))
+    model.to(device)
+    inform(describe(model, config, arguments.model, str(device)))
+    if arguments.prompt is not None:
+        write_text(model, arguments.prompt, settings)
+    else:
+        converse(model, settings)
+
+
+def parse_arguments() -> argparse.Namespace:
+    defaults = Settings()
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("-p", "--prompt", help="the text to continue; without it an interactive session begins")
+    add(
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        help="registry or run URI, model folder, .safetensors file or .pt checkpoint of the original project "
+        "(default: %(default)s)",
+    )
+    add("-t", "--max_tokens", help=f"tokens to write at most (default: {defaults.max_tokens})")
+    add("--temperature", help=f"0 takes the likeliest token, 1 draws as trained (default: {defaults.temperature})")
+    add("--top_k", help=f'draw from the k likeliest tokens, or "none" (default: {defaults.top_k})')
+    add("--top_p", help='draw from the likeliest tokens that hold this probability, or "none" (default: none)')
+    add("--seed", help="repeats a text (default: another one each time)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    return parser.parse_args()
+
+
+def change(settings: dict[str, Any], texts: dict[str, str]) -> Settings:
+    """Return settings with some replaced by what a user typed. Raises UserError that names what is wrong."""
+    values: dict[str, Any] = {}
+    for name, text in texts.items():
+        try:
+            value = None if text.lower() in ("none", "off") else yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        values[name] = value
+    return check(Settings, {**settings, **values}, "settings")
+
+
+def find_model(name: str) -> Path:
+    """Return the path of a model given as a path or as an MLflow URI."""
+    if name.startswith(("models:/", "runs:/")):
+        from gpt2.registry import fetch_model  # MLflow takes as long to import as PyTorch
+
+        return fetch_model(name)
+    return Path(name)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise UserError if there is nothing to continue, or it is no text."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not UTF-8 text") from None
+
+
+def describe(model: GPT2Model, config: ModelConfig, name: str, device: str) -> str:
+    shape = ", ".join(
+        f"{key} {getattr(config, key)}" for key in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_len")
+    )
+    return f"{name}: GPT-2 with {model.count_parameters() / 1e6:.1f}M parameters ({shape}) on {device}"
+
+
+def write_text(model: GPT2Model, prompt: str, settings: Settings) -> None:
+    """Print the prompt and, token by token, what follows it; then the seed, time and speed on standard error."""
+    tokens = tokenizer.encode(prompt)
+    if len(tokens) > model.max_len:
+        inform(
+            f"the prompt has {len(tokens)} tokens; the first {len(tokens) - model.max_len} are cut, beyond its context"
+        )
+    seed = secrets.randbelow(2**31) if settings.seed is None else settings.seed
+    count = 0
+
+    def counted() -> Iterator[int]:
+        nonlocal count
+        for token in generate(model, tokens, settings.max_tokens, settings, seed):
+            count += 1
+            yield token
+
+    started = time.perf_counter()
+    print(prompt, end="", flush=True)
+    try:
+        for text in tokenizer.decode_stream(counted()):
+            print(text, end="", flush=True)
+    finally:
+        print(flush=True)
+    seconds = time.perf_counter() - started
+    inform(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, seed {seed}")
+
+
+def converse(model: GPT2Model, settings: Settings) -> None:
+    """Read prompts and commands from standard input until it ends or the user quits."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  gives input() line editing and a history
+
+    inform(HELP)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        match line.split(maxsplit=2):
+            case []:
+                continue
+            case ["quit" | "exit"]:
+                return
+            case ["help"]:
+                inform(HELP)
+            case ["settings"]:
+                inform(show(settings))
+            case ["set", *rest]:
+                settings = set_one(settings, rest)
+            case _:
+                try:
+                    check_prompt(line)
+                    write_text(model, line, settings)
+                except UserError as error:
+                    fail(error)
+                except KeyboardInterrupt:
+                    continue
+
+
+def set_one(settings: Settings, words: list[str]) -> Settings:
+    """Return the settings after the words of a `set` command, which are reported and change nothing if wrong."""
+    try:
+        if len(words) != 2:
+            raise UserError("give a name and a value, e.g. set temperature 1.2")
+        settings = change(settings.model_dump(), {words[0]: words[1]})
+    except UserError as error:
+        fail(error)
+    else:
+        inform(show(settings))
+    return settings
+
+
+def show(settings: Settings) -> str:
+    values = settings.model_dump().items()
+    return ", ".join(f"{name} {'none' if value is None else value}" for name, value in values)
+
+
+def inform(message: str) -> None:
+    """Print to standard error what is not generated text."""
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

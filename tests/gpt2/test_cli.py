@@ -1,0 +1,74 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gpt2.cli import UserError, run_command
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def main() -> None:
+        raise error
+
+    return main
+
+
+def test_success_ends_quietly(capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(lambda: print("done"))
+    assert capsys.readouterr() == ("done\n", "")
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [("no such file", "error: no such file\n"), ("two\n  lines\r\tof\u2028text ", "error: two lines of text\n")],
+)
+def test_mistake_of_the_user_is_one_line_and_2(capsys: pytest.CaptureFixture[str], message: str, line: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command(raising(UserError(message)))
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", line)
+
+
+def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command(raising(KeyboardInterrupt()))
+    assert ended.value.code == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_mistake_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_command(raising(ZeroDivisionError()))
+
+
+def run_python(main: str) -> subprocess.Popen[str]:
+    code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); from gpt2.cli import *; run_command(lambda: {main})"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, text=True, env=buffered)
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "printed"), [("print('fine')", 0, ""), ("fail_with()", 1, "NameError"), ("sys.exit(3)", 3, "")]
+)
+def test_exit_code_of_a_process(main: str, code: int, printed: str) -> None:
+    process = run_python(main)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert printed in errors and (printed or not errors)
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])  # one line is written at the end, from the buffer
+def test_reader_that_leaves_early_is_no_error(lines: int) -> None:
+    process = run_python(f"[input(), [print('x' * 1000) for _ in range({lines})]]")
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stdin.write("go on\n")
+    process.stdin.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0

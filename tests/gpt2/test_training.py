@@ -1,0 +1,229 @@
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gpt2 import training
+from gpt2.batches import TrainingBatches
+from gpt2.config import TrainParams
+from gpt2.model import GPT2Model
+from gpt2.training import Meter, accumulate_gradients, mean_loss, next_token_loss, train
+
+ErrorLine = Callable[[Callable[[], object]], str]
+MakeModel = Callable[..., GPT2Model]
+MakeTrainParams = Callable[..., TrainParams]
+History = list[tuple[int, dict[str, float]]]
+CPU = torch.device("cpu")
+TOKENS = (np.arange(400) * 7 % 61).astype(np.uint16)  # each token tells the next
+
+
+@pytest.fixture
+def run(make_model: MakeModel, make_train_params: MakeTrainParams) -> Callable[..., Any]:
+    """Train a tiny model; return it, its metrics and what was logged."""
+
+    def run(model: GPT2Model | None = None, **changes: Any) -> tuple[GPT2Model, dict[str, float], History]:
+        model = model or make_model(dropout=0.2)
+        history: History = []
+        params = make_train_params(**{"max_steps": 6, "warmup_steps": 2} | changes)
+        metrics = train(model, TOKENS, TOKENS[:90], params, lambda step, metrics: history.append((step, metrics)))
+        return model, metrics, history
+
+    return run
+
+
+def same_weights(one: GPT2Model, two: GPT2Model) -> bool:
+    states = one.state_dict(), two.state_dict()
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_loss_falls(run: Callable[..., Any], optimizer: str) -> None:
+    _, metrics, history = run(optimizer=optimizer, max_steps=60, learning_rate=0.02, log_interval=1)
+    assert history[0][1]["train/loss"] == pytest.approx(math.log(61), abs=0.1)
+    assert metrics["train_loss"] < 2 and metrics["val_loss"] < 1
+
+
+def test_bfloat16_trains_too_and_leaves_float32_weights(run: Callable[..., Any]) -> None:
+    model, metrics, _ = run(precision="bfloat16", max_steps=60, learning_rate=0.02)
+    assert metrics["val_loss"] < 1
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])  # 3 leaves a smaller last one
+def test_accumulated_gradient_is_that_of_the_whole_batch(make_model: MakeModel, micro_batch_size: int) -> None:
+    batch = TrainingBatches(TOKENS, 4, 8, seed=1)(0)
+    whole, parts = make_model(random=True), make_model(random=True)
+    loss = next_token_loss(whole, *batch)
+    loss.backward()
+    total = accumulate_gradients(parts, *batch, micro_batch_size, CPU)
+    torch.testing.assert_close(total, loss.detach())
+    for expected, found in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_next_token_loss_is_that_of_the_logits(make_model: MakeModel) -> None:
+    inputs, targets = TrainingBatches(TOKENS, 4, 8, seed=1)(0)
+    model = make_model(random=True)
+    expected = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(next_token_loss(model, inputs, targets), expected)
+
+
+def test_mean_loss_weighs_tokens_alike_and_leaves_no_trace(make_model: MakeModel) -> None:
+    model = make_model(random=True, dropout=0.5).train()
+    batches = [TrainingBatches(TOKENS, size, 8, seed=1)(0) for size in (3, 1)]
+    found = mean_loss(model, batches, CPU)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    assert found == pytest.approx(next_token_loss(model.eval(), *joined).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_same_arguments_give_the_same_weights(run: Callable[..., Any], make_model: MakeModel, optimizer: str) -> None:
+    runs = []
+    for global_seed in (1, 2):
+        model = make_model(dropout=0.2)
+        torch.manual_seed(global_seed)
+        np.random.seed(global_seed)
+        runs.append(run(model, optimizer=optimizer)[0])
+    assert same_weights(*runs)
+    assert not same_weights(runs[0], run(optimizer=optimizer, seed=99)[0])
+
+
+def test_looking_more_often_changes_no_weights(run: Callable[..., Any]) -> None:
+    often, seldom = ({"log_interval": i, "eval_interval": i, "eval_windows": i} for i in (1, 5))
+    assert same_weights(run(**often)[0], run(**seldom)[0])
+
+
+def test_metrics_are_logged_at_the_due_steps(run: Callable[..., Any]) -> None:
+    _, metrics, history = run(max_steps=7, log_interval=3, eval_interval=2, learning_rate=0.1, decay_fraction=0)
+    train_names = {"train/loss", "train/learning_rate", "train/tokens_per_second"}
+    assert [step for step, logged in history if set(logged) == train_names] == [3, 6, 7]
+    assert [step for step, logged in history if set(logged) == {"val/loss"}] == [2, 4, 6, 7]
+    assert len(history) == 7
+    assert history[1][1]["train/learning_rate"] == pytest.approx(0.1)
+    last = {name: value for step, logged in history if step == 7 for name, value in logged.items()}
+    assert (last["train/loss"], last["val/loss"]) == (metrics["train_loss"], metrics["val_loss"])
+
+
+def test_logged_train_loss_is_the_mean_since_the_last(run: Callable[..., Any]) -> None:
+    losses = [
+        [logged["train/loss"] for _, logged in run(log_interval=interval)[2] if "train/loss" in logged]
+        for interval in (1, 4)
+    ]
+    assert losses[1] == pytest.approx([sum(losses[0][:4]) / 4, sum(losses[0][4:]) / 2])
+
+
+def test_validation_takes_some_windows_at_an_interval_and_all_at_the_end(
+    run: Callable[..., Any], make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+
+    def count(model: GPT2Model, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> float:
+        counts.append(sum(len(inputs) for inputs, _ in batches))
+        return 1.0
+
+    monkeypatch.setattr(training, "mean_loss", count)
+    run(max_steps=4, eval_interval=2, eval_windows=5)
+    assert counts == [5, 89 // 8]
+
+
+def test_final_metrics_hold_what_the_contract_names(run: Callable[..., Any]) -> None:
+    model, metrics, _ = run()
+    assert metrics["steps"] == 6
+    assert metrics["tokens"] == 6 * 4 * 8
+    assert metrics["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert metrics["val_perplexity"] == pytest.approx(math.exp(metrics["val_loss"]))
+    assert metrics["tokens_per_second"] > 0 and metrics["peak_memory_bytes"] > 2**20
+
+
+def test_loss_that_is_not_finite_ends_training(
+    run: Callable[..., Any], make_model: MakeModel, error_line: ErrorLine
+) -> None:
+    model = make_model()
+    torch.nn.init.constant_(model.token_embedding.weight, math.nan)
+    line = error_line(lambda: run(model, log_interval=2, learning_rate=0.25, warmup_steps=0, decay_fraction=0))
+    assert "the loss is nan at step 2, learning rate 0.25" in line
+
+
+def test_diverged_model_ends_without_a_traceback(run: Callable[..., Any], error_line: ErrorLine) -> None:
+    assert "learning rate" in error_line(lambda: run(max_steps=1, learning_rate=1000, warmup_steps=0))
+
+
+def test_last_update_that_ruins_the_model_is_noticed(run: Callable[..., Any], error_line: ErrorLine) -> None:
+    assert "nan" in error_line(lambda: run(max_steps=1, learning_rate=1e38, warmup_steps=0))
+
+
+def test_too_short_split_is_refused(
+    make_model: MakeModel, make_train_params: MakeTrainParams, error_line: ErrorLine
+) -> None:
+    def train_on(train_count: int, val_count: int) -> None:
+        train(make_model(), TOKENS[:train_count], TOKENS[:val_count], make_train_params(max_steps=1), lambda *_: None)
+
+    assert "the train split has 15 tokens" in error_line(lambda: train_on(15, 90))
+    assert "the val split has 8 tokens" in error_line(lambda: train_on(90, 8))
+
+
+def test_dropout_differs_at_each_step_and_not_between_runs(run: Callable[..., Any], make_model: MakeModel) -> None:
+    def masks() -> list[Tensor]:
+        model, seen = make_model(dropout=0.5), []
+        model.dropout.register_forward_hook(
+            lambda module, _, output: seen.append(output == 0) if module.training else None
+        )
+        run(model, max_steps=3, micro_batch_size=2)
+        return seen
+
+    first, again = masks(), masks()
+    assert len(first) == 3 * 2  # each micro-batch has its own
+    assert all(0.4 < mask.float().mean() < 0.6 for mask in first)
+    assert not any(torch.equal(one, two) for one, two in itertools.combinations(first, 2))
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+
+
+def test_gradients_are_clipped(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters: Iterator[Tensor], max_norm: float) -> Tensor:
+        found = list(parameters)
+        clip(found, max_norm)
+        norms.append(torch.nn.utils.get_total_norm(one.grad for one in found if one.grad is not None).item())
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    run(grad_clip=0.01)
+    assert norms == pytest.approx([0.01] * 6, rel=1e-3)
+
+
+def test_tokens_per_second_leave_out_validation(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    now, accumulate = [0.0], training.accumulate_gradients
+
+    def take(seconds: float, result: Any) -> Any:
+        now[0] += seconds
+        return result
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "accumulate_gradients", lambda *args: take(1, accumulate(*args)))
+    monkeypatch.setattr(training, "mean_loss", lambda *_: take(100, 1.0))
+    _, metrics, history = run(log_interval=2, eval_interval=1)
+    found = [logged["train/tokens_per_second"] for _, logged in history if "train/tokens_per_second" in logged]
+    assert [*found, metrics["tokens_per_second"]] == [4 * 8] * 4
+
+
+def test_meter_leaves_out_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    meter = Meter(batch_tokens=10)
+    for loss in (1.0, 3.0):
+        now[0] += 1
+        meter.add(torch.tensor(loss))
+    with meter.paused():
+        now[0] += 100
+    assert meter.read() == (2.0, 10.0)
+    now[0] += 4
+    meter.add(torch.tensor(5.0))
+    assert meter.read() == (5.0, 2.5)
+    assert meter.tokens_per_second() == 5.0

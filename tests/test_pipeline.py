@@ -1,0 +1,215 @@
+"""The whole pipeline at a tiny size, run by the commands that users run, in a checkout of its own."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from mlflow.entities import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("prepare", "train", "evaluate", "sample", "register")
+TINY = {
+    "prepare": {"source": "data/raw/poems.txt", "val_fraction": 0.1, "test_fraction": 0.1},
+    "model": {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 32, "max_len": 32},
+    "train": {
+        "max_steps": 6,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "sequence_length": 32,
+        "warmup_steps": 2,
+        "log_interval": 2,
+        "eval_interval": 3,
+        "eval_windows": 4,
+        "device": "cpu",
+    },
+    "evaluate": {"stride": 16},
+    "sample": {"prompts": ["The quick brown"], "settings": [{"temperature": 0.7, "top_k": 40}], "max_tokens": 5},
+}
+
+pytestmark = pytest.mark.slow
+Shell = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_kept_connections() -> Iterator[None]:
+    """A pooled connection would go on showing a database whose file has been deleted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git checkout of the project as it stands in the working tree, with tiny parameters and a tiny corpus."""
+    folder = tmp_path_factory.mktemp("checkout") / "gpt2"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in listed.stdout.decode().splitlines():
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    for section, values in TINY.items():
+        params[section] |= values
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    poem = "".join(f"Roses number {i} are red,\nviolets number {i * i} are blue.\n\n" for i in range(300))
+    (folder / "data" / "raw" / "poems.txt").write_text(poem)
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "A tiny pipeline"]):
+        identity = ["-c", "user.name=Test", "-c", "user.email=test@example.com"]
+        subprocess.run(["git", *identity, *arguments], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shell(checkout: Path) -> Shell:
+    """Run a command in the checkout, with this test's Python first on the path."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "GIT_AUTHOR_NAME": "Test",
+        "GIT_AUTHOR_EMAIL": "test@example.com",
+        "GIT_COMMITTER_NAME": "Test",
+        "GIT_COMMITTER_EMAIL": "test@example.com",
+    }
+
+    def run(command: str, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command, shell=True, cwd=checkout, env=environment, input=stdin, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def reproduced(checkout: Path, shell: Shell) -> subprocess.CompletedProcess[str]:
+    return shell("dvc repro")
+
+
+def runs_by_name(checkout: Path) -> dict[str, Run]:
+    client = mlflow.MlflowClient(f"sqlite:///{checkout / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("gpt2")
+    assert experiment is not None
+    return {str(run.info.run_name): run for run in client.search_runs([experiment.experiment_id])}
+
+
+def assert_complete(checkout: Path, run: Run, max_steps: int) -> None:
+    """What every run must show, whether it was logged live or rebuilt from files."""
+    client = mlflow.MlflowClient(f"sqlite:///{checkout / 'mlflow.db'}")
+    run_id = run.info.run_id
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.max_steps"] == str(max_steps)
+    assert run.data.params["model.d_model"] == "16"
+    assert {"gpt2.train_key", "gpt2.model_sha256", "mlflow.source.git.commit"} <= set(run.data.tags)
+    for name in ("train/loss", "train/learning_rate", "train/tokens_per_second", "val/loss", "test/loss"):
+        steps = [point.step for point in client.get_metric_history(run_id, name)]
+        assert steps and max(steps) == max_steps and len(steps) == len(set(steps)), name
+    assert {"test/perplexity", "test/bits_per_byte"} <= set(run.data.metrics)
+    assert run.inputs and [one.dataset.name for one in run.inputs.dataset_inputs] == ["data/raw/poems.txt"]
+    assert str(run.info.artifact_uri).startswith((checkout / "mlartifacts").as_uri())
+    artifacts = {
+        item.path for folder in ("config", "samples", "plots") for item in client.list_artifacts(run_id, folder)
+    }
+    assert {"config/params.yaml", "samples/samples.md", "samples/samples.json", "plots/val_loss.csv"} <= artifacts
+
+
+def stages_run(output: str) -> list[str]:
+    return re.findall(r"Running stage '(\w+)'", output)
+
+
+def test_repro_runs_every_stage_once(shell: Shell, reproduced: subprocess.CompletedProcess[str]) -> None:
+    assert stages_run(reproduced.stdout) == list(STAGES)
+    assert "gpt2 version 1 is champion" in reproduced.stdout
+    assert stages_run(shell("dvc repro").stdout) == []
+    assert "up to date" in shell("dvc status").stdout
+
+
+def test_files_hold_the_contract(checkout: Path, reproduced: object) -> None:
+    trained = json.loads((checkout / "data/metrics/train.json").read_text())
+    names = {"train_loss", "val_loss", "steps", "tokens", "tokens_per_second", "peak_memory_bytes", "parameters"}
+    assert names <= set(trained)
+    assert trained["steps"] == 6 and trained["tokens"] == 6 * 4 * 32
+    evaluated = json.loads((checkout / "data/metrics/evaluate.json").read_text())
+    assert {"loss", "perplexity", "bits_per_byte", "tokens", "stride"} <= set(evaluated)
+    with (checkout / "data/plots/val_loss.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["3", "6"]
+    assert "**The quick brown**" in (checkout / "data/samples/samples.md").read_text()
+
+
+def test_dvc_shows_metrics_plots_and_params(checkout: Path, shell: Shell, reproduced: object) -> None:
+    assert "perplexity" in shell("dvc metrics show").stdout
+    shell("dvc plots show -o plots")
+    assert (checkout / "plots" / "index.html").is_file()
+    shutil.rmtree(checkout / "plots")
+
+
+def test_mlflow_mirrors_the_run(checkout: Path, reproduced: object) -> None:
+    (run,) = runs_by_name(checkout).values()
+    assert_complete(checkout, run, max_steps=6)
+
+
+def test_infer_writes_from_the_champion(shell: Shell, reproduced: object) -> None:
+    command = 'python src/infer.py --prompt "Roses number" --max_tokens 5 --temperature 0.7 --top_k 40 --seed 1'
+    first, second = shell(command), shell(command)
+    assert first.stdout.startswith("Roses number") and len(first.stdout) > len("Roses number\n")
+    assert first.stdout == second.stdout
+    assert "d_model 16" in first.stderr and "tokens/s" in first.stderr
+    run_uri = re.search(r"run repro-\w+: (\w+)", shell("python src/register.py").stdout)
+    assert run_uri is not None
+    assert shell(f"{command} -m runs:/{run_uri[1]}/model").stdout == first.stdout
+
+
+def test_by_hand_gives_the_same_bytes(checkout: Path, shell: Shell, reproduced: object) -> None:
+    config = checkout / "data/model/config.json"
+    before = config.read_text()
+    for stage in STAGES:
+        shell(f"python src/{stage}.py")
+    assert config.read_text() == before
+    shell("dvc commit --force")  # the measured speed is another one
+    assert stages_run(shell("dvc repro").stdout) == []
+
+
+def test_a_lost_store_is_rebuilt_without_training(checkout: Path, shell: Shell, reproduced: object) -> None:
+    (checkout / "mlflow.db").unlink()
+    shutil.rmtree(checkout / "mlartifacts")
+    repaired = shell("dvc repro")
+    assert stages_run(repaired.stdout) == ["register"]
+    assert "gpt2 version 1 is champion" in repaired.stdout
+    (run,) = runs_by_name(checkout).values()
+    assert_complete(checkout, run, max_steps=6)
+
+
+def test_experiments_leave_complete_runs(checkout: Path, shell: Shell, reproduced: object) -> None:
+    shell("git add -A && git commit -qm results")
+    shell("dvc exp run -n here -S train.max_steps=4")
+    assert re.search(r"train.max_steps +6 +4", shell("dvc params diff").stdout)
+    shell("git checkout -q . && dvc checkout -q")
+    shell("dvc exp run --temp -n aside -S train.max_steps=5")
+    for steps in (7, 8):
+        shell(f"dvc exp run --queue -n queued-{steps} -S train.max_steps={steps}")
+    shell("dvc exp run --run-all -j 2")
+    runs = runs_by_name(checkout)
+    expected = {"here": 4, "aside": 5, "queued-7": 7, "queued-8": 8}
+    assert set(expected) < set(runs)
+    for name, steps in expected.items():
+        assert runs[name].data.tags["dvc.experiment"] == name
+        assert_complete(checkout, runs[name], steps)
+    assert "queued-8" in shell("dvc exp show --csv").stdout
+    assert not list((checkout / ".dvc/tmp/exps").glob("**/mlflow.db"))
+
+
+def test_wrong_params_stop_everything_with_one_line(checkout: Path, shell: Shell) -> None:
+    failed = shell("dvc exp run -S train.max_steps=0 -S model.n_heads=3", code=255)
+    errors = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "train.max_steps" in errors[0] and "n_heads" in errors[0]
