@@ -10,7 +10,8 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PATH=/home/g
 RUN apt-get update \
     && apt-get install -y --no-install-recommends git \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 1000 gpt2
+    && useradd --create-home --uid 1000 gpt2 \
+    && install --directory --owner gpt2 --group gpt2 /home/gpt2/project
 
 USER gpt2
 WORKDIR /home/gpt2/project

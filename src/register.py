@@ -21,7 +21,7 @@ def main() -> None:
     with mirror_run(params, model_sha256) as run:
         version = register(MODEL, name, tags)
         print(f"run {run.info.run_name}: {run.info.run_id}")
-        print(promote(name, alias, version, tags))
+        print(promote(name, alias, version))
     # The same results leave the same receipt, whatever ids and version numbers the store gave them.
     write_json(RECEIPT, {"name": name, "alias": alias, **tags})
 

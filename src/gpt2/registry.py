@@ -52,22 +52,37 @@ def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
         else:
             for key, value in tags.items():
                 client.set_model_version_tag(name, version.version, key, value)
-    return version
+    return client.get_model_version(name, version.version)
 
 
-def promote(name: str, alias: str, version: ModelVersion, tags: dict[str, str]) -> str:
-    """Give `alias` to `version` if it is better than the present holder on the same test split; say what was done."""
+def promote(name: str, alias: str, version: ModelVersion) -> str:
+    """Give `alias` to `version` if it is better than the present holder; return what was done, in words."""
     client = mlflow.MlflowClient()
     with store_lock():
         try:
             holder = client.get_model_version_by_alias(name, alias)
         except MlflowException:
-            verdict, takes_over = "the first version", True
-        else:
-            verdict, takes_over = _compare(holder, version, tags)
-        if takes_over:
+            holder = None
+        wins, verdict = takes_over(version, holder)
+        if wins:
             client.set_registered_model_alias(name, alias, version.version)
-    return f"{name} version {version.version} {'is' if takes_over else 'is not'} {alias}: {verdict}"
+    return f"{name} version {version.version} {'is' if wins else 'is not'} {alias}: {verdict}"
+
+
+def takes_over(version: ModelVersion, holder: ModelVersion | None) -> tuple[bool, str]:
+    """Return whether `version` is to hold the alias that `holder` has now, and why.
+
+    A lower test loss wins. Losses on different test splits cannot be compared; then the newcomer wins.
+    """
+    if holder is None:
+        return True, "the first version"
+    if holder.version == version.version:
+        return True, "it holds the alias already"
+    if holder.tags.get(TEST_SHA256) != version.tags[TEST_SHA256]:
+        return True, f"version {holder.version} was measured on another test split, so they cannot be compared"
+    loss, best = float(version.tags[TEST_LOSS]), float(holder.tags[TEST_LOSS])
+    relation = "below" if loss < best else "not below"
+    return loss < best, f"test loss {loss:.4f} is {relation} the {best:.4f} of version {holder.version}"
 
 
 def fetch_model(uri: str) -> Path:
@@ -86,13 +101,3 @@ def fetch_model(uri: str) -> Path:
 def _find_version(client: mlflow.MlflowClient, name: str, model_sha256: str) -> ModelVersion | None:
     found = client.search_model_versions(f"name = '{name}' and tags.`{MODEL_SHA256}` = '{model_sha256}'")
     return found[0] if found else None
-
-
-def _compare(holder: ModelVersion, version: ModelVersion, tags: dict[str, str]) -> tuple[str, bool]:
-    if holder.version == version.version:
-        return "it holds the alias already", True
-    if holder.tags.get(TEST_SHA256) != tags[TEST_SHA256]:
-        return f"version {holder.version} was measured on another test split, so they cannot be compared", True
-    loss, best = float(tags[TEST_LOSS]), float(holder.tags[TEST_LOSS])
-    relation = "below" if loss < best else "not below"
-    return f"test loss {loss:.4f} is {relation} the {best:.4f} of version {holder.version}", loss < best

@@ -145,10 +145,10 @@ def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, va
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model.n_heads": 5}, "model: d_model 384 is not a multiple of n_heads 5"),
-        ({"train.micro_batch_size": 3}, "train: batch_size 8 is not a multiple of micro_batch_size 3"),
-        ({"train.sequence_length": 513}, "train.sequence_length 513 is longer than model.max_len 512"),
-        ({"evaluate.stride": 513}, "evaluate.stride 513 is longer than model.max_len 512"),
+        ({"model.n_heads": 5}, "model.d_model 384 is not a multiple of model.n_heads 5"),
+        ({"train.micro_batch_size": 3}, "train.batch_size 8 is not a multiple of train.micro_batch_size 3"),
+        ({"train.sequence_length": 513}, "train.sequence_length 513 is more than model.max_len 512"),
+        ({"evaluate.stride": 513}, "evaluate.stride 513 is more than model.max_len 512"),
         ({"prepare.val_fraction": 0.5, "prepare.test_fraction": 0.5}, "leave nothing to train on"),
     ],
 )

@@ -52,9 +52,7 @@ def test_top_p_keeps_the_fewest_that_hold_p(p: float, expected: list[int]) -> No
     [
         PROBABILITIES.log(),
         torch.zeros(VOCAB_SIZE),
-        pytest.param(
-            torch.tensor([20.0, 0.0, 0.0]),
-        ),
+        torch.tensor([20.0, 0.0, 0.0]),
     ],
 )
 def test_top_p_of_one_keeps_all(logits: Tensor) -> None:

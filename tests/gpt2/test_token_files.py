@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2 import token_files
+from gpt2 import tokenizer
 from gpt2.corpus import SPLITS, Document
 from gpt2.token_files import cut_at_spaces, write_token_files
 from gpt2.tokenizer import END_OF_TEXT_ID, decode_stream, encode
@@ -94,7 +94,7 @@ def test_parts_give_the_tokens_of_the_whole(pieces: list[str]) -> None:
 def test_no_part_is_longer_than_a_run_may_be(pieces: list[str]) -> None:
     text = "".join(pieces)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_files, "LONGEST_RUN", 8)
+        patch.setattr(tokenizer, "LONGEST_RUN", 8)
         parts = list(cut_at_spaces(text))  # a character at a time
     assert "".join(parts) == text
     assert max(map(len, parts), default=0) <= 8

@@ -1,0 +1,29 @@
+"""The champion gives way to a lower test loss on the same test split, or to a model of another split."""
+
+import pytest
+from mlflow.entities.model_registry import ModelVersion
+
+from gpt2.registry import TEST_LOSS, TEST_SHA256, takes_over
+
+
+def version(number: int, loss: float, split: str = "a") -> ModelVersion:
+    return ModelVersion("gpt2", str(number), 0, tags={TEST_LOSS: repr(loss), TEST_SHA256: split})
+
+
+@pytest.mark.parametrize(
+    ("challenger", "expected", "reason"),
+    [
+        (version(2, 4.9), True, "4.9000 is below the 5.0000 of version 1"),
+        (version(2, 5.0), False, "5.0000 is not below the 5.0000 of version 1"),
+        (version(2, 5.1), False, "5.1000 is not below the 5.0000 of version 1"),
+        (version(2, 9.9, split="b"), True, "another test split"),
+        (version(1, 5.0), True, "already"),
+    ],
+)
+def test_who_is_champion(challenger: ModelVersion, expected: bool, reason: str) -> None:
+    wins, verdict = takes_over(challenger, version(1, 5.0))
+    assert wins is expected and reason in verdict
+
+
+def test_the_first_version_is_champion() -> None:
+    assert takes_over(version(1, 9.0), None) == (True, "the first version")
