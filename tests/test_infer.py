@@ -77,7 +77,7 @@ def test_a_prompt_beyond_the_context_is_cut_and_said(run_infer: Infer) -> None:
         (["-p", ""], "the prompt is empty"),
         (["-p", " \n"], "the prompt is empty"),
         (["-p", "a\udc80"], "the prompt is not UTF-8 text"),
-        (["-p", "a", "--device", "tpu"], "device tpu is not available"),
+        (["-p", "a", "--device", "tpu"], "device should be auto, cpu, mps, cuda or cuda:N ('tpu')"),
         (["-p", "a", "--temperature", "-1", "--top_k", "many"], "temperature should be"),
         (["-p", "a", "--temperature", "-1", "--top_k", "many"], "top_k should be"),
         (["-p", "a", "--top_p", "1.5"], "top_p should be"),

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gpt2.cli import UserError
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError("should be auto, cpu, mps, cuda or cuda:N")
+    return name
 
 
 def _number(value: Any) -> Any:
@@ -22,6 +27,7 @@ def _number(value: Any) -> Any:
     return float(value) if is_exponential else value
 
 
+Device = Annotated[str, AfterValidator(_device)]
 Float = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -173,7 +179,8 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         return f"{location} is missing"
     shown = repr(problem["input"])
     value = shown if len(shown) <= 40 else f"{shown[:37]}..."
-    return f"{location} {problem['msg'].replace('Input should', 'should')} ({value})".strip()
+    message = problem["msg"].replace("Input should", "should").removeprefix("Value error, ")
+    return f"{location} {message} ({value})".strip()
 
 
 def _known_names(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -16,7 +16,7 @@ from gpt2.project import ROOT
 def train_key(params: Params) -> str:
     """Return the hash of what training depends on: the files that dvc.yaml lists for it, its parameters, PyTorch."""
     pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
-    return _hash(
+    return hash_of(
         {
             "files": {path: sha256_of(ROOT / path) for path in pipeline["stages"]["train"]["deps"]},
             "model": params.model.model_dump(),
@@ -28,7 +28,7 @@ def train_key(params: Params) -> str:
 
 def run_key(params: Params, train_key: str) -> str:
     """Return the hash that names one run of the whole pipeline."""
-    return _hash({"train_key": train_key, "params": params.model_dump(by_alias=True)})
+    return hash_of({"train_key": train_key, "params": params.model_dump(by_alias=True)})
 
 
 def git_commit() -> str | None:
@@ -45,5 +45,6 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _hash(content: Any) -> str:
+def hash_of(content: Any) -> str:
+    """Return the SHA-256 of content that JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

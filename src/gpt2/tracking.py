@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from filelock import FileLock
 
@@ -19,23 +20,25 @@ import pandas as pd
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from gpt2.cli import UserError
 from gpt2.config import Params, flatten
 from gpt2.curves import read_curves
-from gpt2.files import read_json
-from gpt2.lineage import git_commit, run_key, train_key
+from gpt2.files import read_json, sha256_of
+from gpt2.lineage import git_commit, hash_of, run_key, train_key
 from gpt2.project import METRICS, PARAMS, PLOTS, RECEIPT, SAMPLES, TOKENS, experiment_name, main_root
 
 EXPERIMENT = "gpt2"
 FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
 BATCH_LIMIT = 1000  # points in one call, MLflow's own limit
-STORE_ERRORS = (MlflowException, OSError)
+STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 SAMPLES_TABLE = "samples/samples.json"
 
 LogMetrics = Callable[[int, dict[str, float]], None]
 
-TRAIN_KEY, RUN_KEY, MODEL_SHA256 = "gpt2.train_key", "gpt2.run_key", "gpt2.model_sha256"
+TRAIN_KEY, RUN_KEY, RESULTS_KEY = "gpt2.train_key", "gpt2.run_key", "gpt2.results_key"
+MODEL_SHA256 = "gpt2.model_sha256"
 EXPERIMENT_NAME = "dvc.experiment"
 
 
@@ -57,14 +60,17 @@ def connect() -> str:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"mlflow\.")  # advice on schemas and input examples
     root = main_root()
-    remote = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(remote or f"sqlite:///{(root / 'mlflow.db').as_posix()}")
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    # A relative database would lie in the temporary folder of an experiment, and be deleted with it.
+    database = (named or "sqlite:///mlflow.db").removeprefix("sqlite:///")
+    mlflow.set_tracking_uri(f"sqlite:///{(root / database).as_posix()}" if named != database else named)
     # Processes that make a database at once would break it, and its default experiment lands in the working directory.
     with store_lock(), contextlib.chdir(root):
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
-            location = None if remote else (root / "mlartifacts").as_uri()
+            RECEIPT.unlink(missing_ok=True)  # it spoke of another store
+            location = None if named else (root / "mlartifacts").as_uri()
             return client.create_experiment(EXPERIMENT, artifact_location=location)
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
@@ -110,82 +116,104 @@ def training_run(params: Params) -> Iterator[LogMetrics]:
     fails stops the logging, not the training: register completes the run from the files.
     """
     RECEIPT.unlink(missing_ok=True)
-    with contextlib.ExitStack() as stack:
-        tracker: Tracker | None = None
+    tracker: Tracker | None = None
+    run = contextlib.ExitStack()
+    outcome: Any = (None, None, None)
+
+    def attempt(action: Callable[[Tracker], object]) -> None:
+        nonlocal tracker
         try:
-            tracker = Tracker(stack.enter_context(_open_run(params, is_training=True)))
+            if tracker:
+                action(tracker)
         except STORE_ERRORS as error:
             _warn(error)
+            tracker = None
 
-        def log_metrics(step: int, metrics: dict[str, float]) -> None:
-            nonlocal tracker
-            try:
-                if tracker:
-                    tracker.log_metrics(step, metrics)
-                    if step == params.train.max_steps:
-                        tracker.flush()
-            except STORE_ERRORS as error:
-                _warn(error)
-                tracker = None
-
-        yield log_metrics
+    try:
+        tracker = Tracker(run.enter_context(_open_run(params)))
+    except STORE_ERRORS as error:
+        _warn(error)
+    try:
+        yield lambda step, metrics: attempt(lambda tracker: tracker.log_metrics(step, metrics))
+    except BaseException:
+        outcome = sys.exc_info()
+        raise
+    finally:
+        attempt(Tracker.flush)
+        attempt(lambda _: run.__exit__(*outcome))
 
 
 @contextlib.contextmanager
 def mirror_run(params: Params, model_sha256: str) -> Iterator[Run]:
     """Open the run of the pipeline's present files, completed from them, or made anew if the store has none.
 
-    Raises UserError if the store fails.
+    Raises UserError if a file is missing or the store fails.
     """
+    metrics = _final_metrics()
+    tables = (METRICS / "evaluate.json", SAMPLES / "samples.csv", TOKENS / "meta.json")
+    results = hash_of([model_sha256, *(sha256_of(path) for path in tables)])
     try:
-        with _open_run(params, is_training=False) as run:
-            _complete(run, params, model_sha256)
+        with _open_run(params, results) as run:
+            tracker = Tracker(run)
+            for name, points in read_curves(PLOTS).items():
+                for step, value in points:
+                    tracker.log_metrics(step, {name: value})
+            tracker.log_metrics(params.train.max_steps, metrics)
+            tracker.flush()
+            mlflow.set_tags({MODEL_SHA256: model_sha256, RESULTS_KEY: results})
+            _log_files(run, params.prepare.source)
             yield run
     except STORE_ERRORS as error:
         raise UserError(f"MLflow's store fails ({error}); run `dvc repro` again when it is back") from None
 
 
-def _complete(run: Run, params: Params, model_sha256: str) -> None:
-    """Log what the run lacks of the pipeline's files."""
-    tracker = Tracker(run)
-    for name, points in read_curves(PLOTS).items():
-        for step, value in points:
-            tracker.log_metrics(step, {name: value})
-    tracker.log_metrics(params.train.max_steps, _final_metrics())
-    tracker.flush()
-    mlflow.set_tag(MODEL_SHA256, model_sha256)
-    if not (run.inputs and run.inputs.dataset_inputs):
-        _log_dataset(params.prepare.source)
+def _log_files(run: Run, source: str) -> None:
     mlflow.log_artifact(str(PARAMS), "config")
     for folder in (METRICS, PLOTS, SAMPLES):
         mlflow.log_artifacts(str(folder), folder.name)
-    if not mlflow.artifacts.list_artifacts(run_id=run.info.run_id, artifact_path=SAMPLES_TABLE):
-        mlflow.log_table(pd.read_csv(SAMPLES / "samples.csv"), SAMPLES_TABLE)
+    logged = mlflow.artifacts.list_artifacts(run_id=run.info.run_id, artifact_path="samples") or []
+    if SAMPLES_TABLE not in {file.path for file in logged}:  # log_table would append to it
+        blank = {name: [""] for name in ("top_k", "top_p")}
+        samples = pd.read_csv(SAMPLES / "samples.csv", keep_default_na=False, na_values=blank)
+        mlflow.log_table(samples, SAMPLES_TABLE)
+    if not (run.inputs and run.inputs.dataset_inputs):
+        digest = read_json(TOKENS / "meta.json")["splits"]["train"]["sha256"][:32]
+        documents = from_pandas(pd.read_csv(TOKENS / "documents.csv"), name=source, digest=digest)
+        mlflow.log_input(documents, context="training")
 
 
 @contextlib.contextmanager
-def _open_run(params: Params, is_training: bool) -> Iterator[Run]:
-    """Open the latest run of these parameters, or a new one; a training continues only a run that never ended."""
+def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
+    """Open the latest run that fits, or a new one.
+
+    For a training (no results yet) that is a run of the same parameters and experiment that never ended. With results
+    it is one that has these or none; outside experiments, an experiment's finished run will do.
+    """
     experiment_id = connect()
-    key = train_key(params)
-    tags = {TRAIN_KEY: key, RUN_KEY: run_key(params, key), "mlflow.source.name": "dvc repro"}
-    if name := experiment_name():
+    name, key = experiment_name(), train_key(params)
+    tags = {TRAIN_KEY: key, RUN_KEY: run_key(params, key)}
+    if name:
         tags[EXPERIMENT_NAME] = name
     if commit := git_commit():
         tags["mlflow.source.git.commit"] = commit
-    conditions = [f"tags.`{tag}` = '{tags[tag]}'" for tag in (RUN_KEY, EXPERIMENT_NAME) if tag in tags]
-    if is_training:
-        conditions.append("attributes.status = 'RUNNING'")
-    found = mlflow.MlflowClient().search_runs([experiment_id], " and ".join(conditions), max_results=1)
+
+    def fits(run: Run) -> bool:
+        same_experiment = run.data.tags.get(EXPERIMENT_NAME) == name
+        if results is None:
+            return same_experiment and run.info.status == "RUNNING"
+        is_ours = same_experiment or (name is None and run.info.status == "FINISHED")
+        return is_ours and run.data.tags.get(RESULTS_KEY, results) == results
+
+    runs = mlflow.MlflowClient().search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{tags[RUN_KEY]}'")
+    found = next(filter(fits, runs), None)
     with mlflow.start_run(
-        run_id=found[0].info.run_id if found else None,
+        run_id=found.info.run_id if found else None,
         experiment_id=experiment_id,
         run_name=None if found else name or f"repro-{tags[RUN_KEY][:8]}",
         tags=None if found else tags,
-        log_system_metrics=is_training,
+        log_system_metrics=results is None,
     ) as run:
-        if not found:
-            mlflow.log_params(_shown_params(params))
+        mlflow.log_params(_shown_params(params))
         yield mlflow.get_run(run.info.run_id)
 
 
@@ -202,13 +230,6 @@ def _final_metrics() -> dict[str, float]:
         **{f"train/{name}": trained[name] for name in ("tokens", "peak_memory_bytes")},
         "model/parameters": trained["parameters"],
     }
-
-
-def _log_dataset(source: str) -> None:
-    meta = read_json(TOKENS / "meta.json")
-    digest = meta["splits"]["train"]["sha256"][:32]
-    documents = from_pandas(pd.read_csv(TOKENS / "documents.csv"), name=source, digest=digest)
-    mlflow.log_input(documents, context="training")
 
 
 def _warn(error: Exception) -> None:

@@ -1,13 +1,15 @@
 """The champion gives way to a lower test loss on the same test split, or to a model of another split."""
 
 import pytest
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
 from gpt2.registry import TEST_LOSS, TEST_SHA256, takes_over
 
 
 def version(number: int, loss: float, split: str = "a") -> ModelVersion:
-    return ModelVersion("gpt2", str(number), 0, tags={TEST_LOSS: repr(loss), TEST_SHA256: split})
+    return ModelVersion(
+        "gpt2", str(number), 0, tags=[ModelVersionTag(TEST_LOSS, repr(loss)), ModelVersionTag(TEST_SHA256, split)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -26,4 +28,4 @@ def test_who_is_champion(challenger: ModelVersion, expected: bool, reason: str) 
 
 
 def test_the_first_version_is_champion() -> None:
-    assert takes_over(version(1, 9.0), None) == (True, "the first version")
+    assert takes_over(version(1, 9.0), None) == (True, "no version was before")
