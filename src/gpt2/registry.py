@@ -75,7 +75,7 @@ def takes_over(version: ModelVersion, holder: ModelVersion | None) -> tuple[bool
     A lower test loss wins. Losses on different test splits cannot be compared; then the newcomer wins.
     """
     if holder is None:
-        return True, "no version was before"
+        return True, "no version held the alias"
     if holder.version == version.version:
         return True, "it holds the alias already"
     if holder.tags.get(TEST_SHA256) != version.tags[TEST_SHA256]:

@@ -28,4 +28,4 @@ def test_who_is_champion(challenger: ModelVersion, expected: bool, reason: str) 
 
 
 def test_the_first_version_is_champion() -> None:
-    assert takes_over(version(1, 9.0), None) == (True, "no version was before")
+    assert takes_over(version(1, 9.0), None) == (True, "no version held the alias")
