@@ -1,0 +1,96 @@
+"""A training's run in a real store: continued if it died, never a reason for a training to fail."""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from gpt2 import tracking
+from gpt2.config import Params, load_params
+from gpt2.tracking import connect, training_run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("checkout")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("DVC_EXP_NAME", raising=False)
+        patch.setattr(tracking, "main_root", lambda: root)
+        patch.setattr(tracking, "RECEIPT", root / "mlartifacts" / "receipt.json")
+        patch.setattr(tracking, "train_key", lambda params: "of these parameters")
+        yield root
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # back to the default
+
+
+@pytest.fixture
+def params(request: pytest.FixtureRequest, store: Path) -> Params:
+    """Parameters that no other test has, so that no other test's run is found."""
+    params = load_params(Path(__file__).parents[2] / "params.yaml")
+    seed = zlib.crc32(request.node.name.encode()) % 2**31
+    return params.model_copy(update={"train": params.train.model_copy(update={"seed": seed})})
+
+
+def runs_of(params: Params) -> list[Run]:
+    return mlflow.MlflowClient().search_runs([connect()], f"params.`train.seed` = '{params.train.seed}'")
+
+
+def points(run: Run, name: str) -> list[tuple[int, float]]:
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, name)
+    return sorted((point.step, point.value) for point in history)
+
+
+def test_a_training_leaves_a_finished_run(params: Params, store: Path) -> None:
+    receipt = store / "mlartifacts" / "receipt.json"
+    receipt.parent.mkdir(exist_ok=True)
+    receipt.touch()
+    with training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+        log_metrics(2, {"train/loss": 4.0, "val/loss": 4.5})
+    (run,) = runs_of(params)
+    assert run.info.status == "FINISHED"
+    assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)] and points(run, "val/loss") == [(2, 4.5)]
+    assert not receipt.exists()
+
+
+def test_a_failed_training_leaves_a_failed_run_and_its_error(params: Params) -> None:
+    with pytest.raises(ZeroDivisionError), training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+        raise ZeroDivisionError
+    (run,) = runs_of(params)
+    assert run.info.status == "FAILED" and points(run, "train/loss") == [(1, 5.0)]
+
+
+def test_a_dead_training_is_continued_and_no_point_comes_twice(params: Params) -> None:
+    with training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+    (dead,) = runs_of(params)
+    mlflow.MlflowClient().update_run(dead.info.run_id, status="RUNNING")
+    with training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+        log_metrics(2, {"train/loss": 4.0})
+    (run,) = runs_of(params)
+    assert run.info.run_id == dead.info.run_id and run.info.status == "FINISHED"
+    assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)]
+
+
+@pytest.mark.parametrize("failing", ["search_runs", "log_batch", "set_terminated"])
+def test_a_store_that_fails_does_not_fail_the_training(
+    failing: str, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MlflowException("the disk is full")
+
+    monkeypatch.setattr(mlflow.MlflowClient, failing, fail)
+    trained = False
+    with training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+        trained = True
+    assert trained
+    assert "warning: MLflow's store fails" in capsys.readouterr().err
+    monkeypatch.undo()
+    mlflow.end_run()
