@@ -32,10 +32,10 @@ def run_key(params: Params, train_key: str) -> str:
 
 
 def git_commit() -> str | None:
-    """Return the commit that is checked out, with "-dirty" if tracked files differ; None outside git."""
+    """Return the commit that is checked out, with "-dirty" if its code has been changed; None outside git."""
     try:
         commit = _git("rev-parse", "HEAD")
-        return commit + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return commit + ("-dirty" if _git("status", "--porcelain", "--", "src", "dvc.yaml") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
