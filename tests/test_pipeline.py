@@ -135,7 +135,7 @@ def assert_complete(checkout: Path, run: Run, max_steps: int) -> None:
 def run_queue(checkout: Path, shell: Shell, environment: dict[str, str]) -> None:
     """Run what is queued, two at a time.
 
-    On a busy machine one of DVC's workers can miss the message that ends it (treeverse/dvc, issue 10398), and
+    On a busy machine one of DVC's workers can miss the message that ends it (treeverse/dvc#10398), and
     --run-all then waits for it although all experiments have ended: so it is given half a minute and then ended here.
     """
     process = subprocess.Popen(["dvc", "exp", "run", "--run-all", "-j", "2"], cwd=checkout, env=environment)
