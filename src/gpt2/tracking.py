@@ -4,10 +4,12 @@ import contextlib
 import json
 import logging
 import os
+import sqlite3
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
@@ -34,6 +36,13 @@ FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
 BATCH_LIMIT = 1000  # points in one call, MLflow's own limit
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 SAMPLES_TABLE = "samples/samples.json"
+PATH_COLUMNS = (  # where MLflow's database holds absolute paths
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 
 LogMetrics = Callable[[int, dict[str, float]], None]
 
@@ -60,21 +69,37 @@ def connect() -> str:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"mlflow\.")  # advice on schemas and input examples
     root = main_root()
-    named = os.environ.get("MLFLOW_TRACKING_URI")
-    # A relative database would lie in the temporary folder of an experiment, and be deleted with it.
-    database = (named or "sqlite:///mlflow.db").removeprefix("sqlite:///")
-    mlflow.set_tracking_uri(f"sqlite:///{(root / database).as_posix()}" if named != database else named)
+    own = f"sqlite:///{(root / 'mlflow.db').as_posix()}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or own  # MLflow itself sets the variable to what it uses
+    if uri.startswith("sqlite:///"):  # a relative one would lie in an experiment's folder, and be deleted with it
+        uri = f"sqlite:///{(root / uri.removeprefix('sqlite:///')).as_posix()}"
+    mlflow.set_tracking_uri(uri)
     # Processes that make a database at once would break it, and its default experiment lands in the working directory.
     with store_lock(), contextlib.chdir(root):
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             RECEIPT.unlink(missing_ok=True)  # it spoke of another store
-            location = None if named else (root / "mlartifacts").as_uri()
+            location = (root / "mlartifacts").as_uri() if uri == own else None
             return client.create_experiment(EXPERIMENT, artifact_location=location)
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
+        if uri == own:
+            _follow_move(root, str(experiment.artifact_location))
         return experiment.experiment_id
+
+
+def _follow_move(root: Path, recorded: str) -> None:
+    """Correct the store's absolute paths after the checkout has been moved: MLflow would go on using the old ones."""
+    present = (root / "mlartifacts").as_uri()
+    if recorded == present:
+        return
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        for table, column in PATH_COLUMNS:
+            database.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                (present, len(recorded) + 1, len(recorded), recorded),
+            )
 
 
 class Tracker:

@@ -1,5 +1,8 @@
 """A training's run in a real store: continued if it died, never a reason for a training to fail."""
 
+import os
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,3 +97,47 @@ def test_a_store_that_fails_does_not_fail_the_training(
     assert "warning: MLflow's store fails" in capsys.readouterr().err
     monkeypatch.undo()
     mlflow.end_run()
+
+
+def start(root: Path, script: str) -> subprocess.Popen[str]:
+    """Run a script in a process of its own, since MLflow remembers stores, with `root` as the main checkout."""
+    opening = f"""
+import mlflow
+from pathlib import Path
+from gpt2 import tracking
+tracking.main_root = lambda: Path({str(root)!r})
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment["PYTHONPATH"] = str(Path(tracking.__file__).parents[1])
+    command = [sys.executable, "-c", opening + script]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return output.strip()
+
+
+@pytest.mark.slow
+def test_a_moved_store_is_used_where_it_is(tmp_path: Path) -> None:
+    log = """
+with mlflow.start_run(experiment_id=tracking.connect()) as run:
+    mlflow.log_text("kept", "note.txt")
+print(run.info.run_id)
+"""
+    read = "tracking.connect()\nprint(mlflow.artifacts.load_text('runs:/{}/note.txt'))"
+    old, new = tmp_path / "old", tmp_path / "new, with blanks"
+    old.mkdir()
+    before = output_of(start(old, log))
+    old.rename(new)
+    assert output_of(start(new, read.format(before))) == "kept"
+    after = output_of(start(new, log))
+    assert (new / "mlartifacts" / after / "artifacts" / "note.txt").is_file()
+    assert not old.exists()
+
+
+@pytest.mark.slow
+def test_many_processes_open_a_missing_store_at_once(tmp_path: Path) -> None:
+    processes = [start(tmp_path, "print(tracking.connect())") for _ in range(6)]
+    assert len({output_of(process) for process in processes}) == 1
