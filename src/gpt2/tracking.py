@@ -29,7 +29,7 @@ from gpt2.config import Params, flatten
 from gpt2.curves import read_curves
 from gpt2.files import read_json, sha256_of
 from gpt2.lineage import git_commit, hash_of, run_key, train_key
-from gpt2.project import METRICS, PARAMS, PLOTS, RECEIPT, SAMPLES, TOKENS, experiment_name, main_root
+from gpt2.project import METRICS, PARAMS, PLOTS, RECEIPT, ROOT, SAMPLES, TOKENS, experiment_name, main_root
 
 EXPERIMENT = "gpt2"
 FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
@@ -79,7 +79,7 @@ def connect() -> str:
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
-            RECEIPT.unlink(missing_ok=True)  # it spoke of another store
+            (root / RECEIPT.relative_to(ROOT)).unlink(missing_ok=True)  # it spoke of another store
             location = (root / "mlartifacts").as_uri() if uri == own else None
             return client.create_experiment(EXPERIMENT, artifact_location=location)
         if experiment.lifecycle_stage == "deleted":

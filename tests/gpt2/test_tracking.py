@@ -24,6 +24,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("DVC_EXP_NAME", raising=False)
         patch.setattr(tracking, "main_root", lambda: root)
+        patch.setattr(tracking, "ROOT", root)
         patch.setattr(tracking, "RECEIPT", root / "mlartifacts" / "receipt.json")
         patch.setattr(tracking, "train_key", lambda params: "of these parameters")
         yield root
