@@ -53,8 +53,9 @@ def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
                 pip_requirements=[f"{package}=={installed_version(package)}" for package in PACKAGES],
             )
             version = mlflow.register_model(logged.model_uri, name, tags=tags)
-        for key, value in tags.items():
-            client.set_model_version_tag(name, version.version, key, value)
+        else:
+            for key, value in tags.items():
+                client.set_model_version_tag(name, version.version, key, value)
         return client.get_model_version(name, version.version)
 
 
