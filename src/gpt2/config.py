@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -30,6 +31,7 @@ def _number(value: Any) -> Any:
 Device = Annotated[str, AfterValidator(_device)]
 Float = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
+Size = Annotated[int, Field(gt=0, le=2**20)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[Float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -48,11 +50,11 @@ class PrepareParams(Section):
 
 
 class ModelParams(Section):
-    d_model: Count
-    n_layers: Count
-    n_heads: Count
-    d_ff: Count
-    max_len: Count
+    d_model: Size
+    n_layers: Annotated[int, Field(gt=0, le=1000)]
+    n_heads: Size
+    d_ff: Size
+    max_len: Size
     dropout: Annotated[Float, Field(ge=0, lt=1)]
     tie_weights: bool
     qkv_bias: bool
@@ -62,9 +64,9 @@ class ModelParams(Section):
 class TrainParams(Section):
     seed: Seed
     max_steps: Count
-    batch_size: Count
-    micro_batch_size: Count
-    sequence_length: Count
+    batch_size: Size
+    micro_batch_size: Size
+    sequence_length: Size
     optimizer: Literal["adamw", "muon"]
     learning_rate: Annotated[Float, Field(gt=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
@@ -74,6 +76,8 @@ class TrainParams(Section):
     log_interval: Count
     eval_interval: Count
     eval_windows: Count
+    checkpoint_interval: Count
+    max_bad_steps: Annotated[int, Field(ge=0)]
     threads: Annotated[int, Field(gt=0, le=1024)]
     device: Device
     precision: Precision
@@ -81,7 +85,7 @@ class TrainParams(Section):
 
 class EvaluateParams(Section):
     stride: Count
-    batch_size: Count
+    batch_size: Size
 
 
 class SamplingParams(Section):
@@ -132,10 +136,14 @@ def load_params(path: Path) -> Params:
 
 def find_conflicts(raw: Any) -> list[str]:
     """Return what is wrong between values of params.yaml that may each be right."""
-    flat = flatten(raw) if isinstance(raw, dict) else {}
+
+    def value(name: str) -> Any:
+        section, key = name.split(".")
+        found = raw.get(section) if isinstance(raw, dict) else None
+        return found.get(key) if isinstance(found, dict) else None
 
     def numbers(*names: str) -> tuple[Any, ...]:
-        values = tuple(flat.get(name) for name in names)
+        values = tuple(value(name) for name in names)
         return values if all(isinstance(value, int | float) and value > 0 for value in values) else ()
 
     conflicts = []
@@ -145,6 +153,8 @@ def find_conflicts(raw: Any) -> list[str]:
     for name in ("train.sequence_length", "evaluate.stride"):
         if (pair := numbers(name, "model.max_len")) and pair[0] > pair[1]:
             conflicts.append(f"{name} {pair[0]} is more than model.max_len {pair[1]}")
+    if (pair := numbers("train.max_bad_steps", "train.max_steps")) and pair[0] >= pair[1]:
+        conflicts.append(f"train.max_bad_steps {pair[0]} is not below train.max_steps {pair[1]}")
     if sum(numbers("prepare.val_fraction", "prepare.test_fraction")) >= 1:
         conflicts.append("prepare.val_fraction and prepare.test_fraction leave nothing to train on")
     return conflicts
@@ -177,7 +187,10 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         return f"{location} is unknown" + (f" (did you mean {near[0]}?)" if near else "")
     if problem["type"] == "missing":
         return f"{location} is missing"
-    shown = repr(problem["input"])
+    try:
+        shown = reprlib.repr(problem["input"])  # bounded: YAML's aliases can make a short file a huge value
+    except ValueError:
+        shown = "a huge number"
     value = shown if len(shown) <= 40 else f"{shown[:37]}..."
     message = problem["msg"].replace("Input should", "should").removeprefix("Value error, ")
     return f"{location} {message} ({value})".strip()

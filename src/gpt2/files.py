@@ -1,7 +1,11 @@
-"""Small files in a canonical form, so that equal results are equal bytes."""
+"""Files in a canonical form, so that equal results are equal bytes, and never half written."""
 
 import hashlib
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,36 @@ def read_json(path: Path) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write text in UTF-8 with plain line ends, making the folder if need be."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file or a folder at; in the end it takes the place of `path`, whole and on the disk.
+
+    If the block fails, `path` stays as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    partial = path.with_name(f"{path.name}.partial")
+    delete(partial)  # of a process that was killed
+    try:
+        yield partial
+        publish(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            delete(partial)
+        raise
+
+
+def publish(written: Path, path: Path) -> None:
+    """Give a file or folder its name, replacing what has that name, once its content is on the disk."""
+    for file in written.iterdir() if written.is_dir() else [written]:
+        _sync(file)
+    if path.is_dir():
+        shutil.rmtree(path)  # a folder cannot be replaced at once
+    written.replace(path)
+    _sync(path.parent)
 
 
 def sha256_of(path: Path) -> str:
@@ -36,3 +68,18 @@ def sha256_of(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

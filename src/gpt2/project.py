@@ -35,3 +35,8 @@ def main_root() -> Path:
 def experiment_name() -> str | None:
     """Return the name of the DVC experiment that runs this process, if one does."""
     return os.environ.get("DVC_EXP_NAME") or None
+
+
+def training_state(train_key: str) -> Path:
+    """Return the folder of the checkpoints of the training with this key, shared by all experiments."""
+    return main_root() / ".cache" / "train" / train_key

@@ -92,10 +92,10 @@ def fetch_model(uri: str) -> Path:
     Raises UserError if there is none.
     """
     try:
-        tracking.connect()
-        if uri.startswith("runs:/"):
-            uri = _version_of_run(uri)
-        return Path(mlflow.artifacts.download_artifacts(uri)) / "artifacts" / FOLDER
+        with tracking.open_store():
+            if uri.startswith("runs:/"):
+                uri = _version_of_run(uri)
+            return Path(mlflow.artifacts.download_artifacts(uri)).resolve() / "artifacts" / FOLDER
     except tracking.STORE_ERRORS as error:
         message = str(error).splitlines()[0]
         raise UserError(f"no model at {uri} ({message}); train and register one with `dvc repro`") from None

@@ -4,6 +4,7 @@ import ctypes
 import resource
 import sys
 
+import psutil
 import torch
 
 from gpt2.cli import UserError
@@ -20,7 +21,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise UserError(f"device {name} is not available here; try auto or cpu") from None
     return device
 
@@ -63,3 +64,13 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def check_memory(needed_bytes: int, device: torch.device) -> None:
+    """Raise UserError if the machine has less memory than that; a GPU tells so itself."""
+    total_bytes = psutil.virtual_memory().total
+    if device.type == "cpu" and needed_bytes > total_bytes:
+        raise UserError(
+            f"this model and batch need at least {needed_bytes / 1e9:,.0f} GB to train; "
+            f"this machine has {total_bytes / 1e9:,.0f} GB"
+        )

@@ -16,6 +16,9 @@ from filelock import FileLock
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# A server that does not answer is given up in seconds, not in MLflow's quarter of an hour.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
 import pandas as pd
@@ -36,7 +39,8 @@ FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
 BATCH_LIMIT = 1000  # points in one call, MLflow's own limit
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 SAMPLES_TABLE = "samples/samples.json"
-PATH_COLUMNS = (  # where MLflow's database holds absolute paths
+ARTIFACTS = "mlartifacts"  # in the main checkout
+PATH_COLUMNS = (  # where MLflow's database holds the paths of artifacts
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
@@ -60,46 +64,67 @@ def store_lock() -> Iterator[None]:
         yield
 
 
-def connect() -> str:
-    """Open the store, making it if need be, and return the id of the experiment.
+@contextlib.contextmanager
+def open_store() -> Iterator[str]:
+    """Open the store, making it if need be, and yield the id of the experiment.
 
-    The store is the one that MLFLOW_TRACKING_URI names, else mlflow.db and mlartifacts/ in the main checkout.
+    The store is the one that MLFLOW_TRACKING_URI names, else mlflow.db and mlartifacts/ in the main checkout. That one
+    holds relative paths, so that the checkout can be moved: the block runs in the main checkout's folder.
     """
     for chatty in ("alembic", "mlflow"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"mlflow\.")  # advice on schemas and input examples
     root = main_root()
-    own = f"sqlite:///{(root / 'mlflow.db').as_posix()}"
+    database = root / "mlflow.db"
+    own = _sqlite(database)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or own  # MLflow itself sets the variable to what it uses
     if uri.startswith("sqlite:///"):  # a relative one would lie in an experiment's folder, and be deleted with it
-        uri = f"sqlite:///{(root / uri.removeprefix('sqlite:///')).as_posix()}"
-    mlflow.set_tracking_uri(uri)
-    # Processes that make a database at once would break it, and its default experiment lands in the working directory.
-    with store_lock(), contextlib.chdir(root):
-        client = mlflow.MlflowClient()
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            (root / RECEIPT.relative_to(ROOT)).unlink(missing_ok=True)  # it spoke of another store
-            location = (root / "mlartifacts").as_uri() if uri == own else None
-            return client.create_experiment(EXPERIMENT, artifact_location=location)
-        if experiment.lifecycle_stage == "deleted":
-            client.restore_experiment(experiment.experiment_id)
-        if uri == own:
-            _follow_move(root, str(experiment.artifact_location))
-        return experiment.experiment_id
+        uri = _sqlite(root / uri.removeprefix("sqlite:///"))
+    with contextlib.chdir(root):
+        with store_lock():  # processes that make a database at once would break it
+            if uri == own and not database.exists():
+                _make_database(database)
+            mlflow.set_tracking_uri(uri)
+            experiment_id = _open_experiment(database if uri == own else None)
+        yield experiment_id
 
 
-def _follow_move(root: Path, recorded: str) -> None:
-    """Correct the store's absolute paths after the checkout has been moved: MLflow would go on using the old ones."""
-    present = (root / "mlartifacts").as_uri()
-    if recorded == present:
-        return
-    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+def _make_database(database: Path) -> None:
+    """Make an empty store; a process that is killed meanwhile leaves none."""
+    partial = database.with_name(f"{database.name}.partial")
+    partial.unlink(missing_ok=True)
+    mlflow.set_tracking_uri(_sqlite(partial))
+    mlflow.MlflowClient().search_experiments()
+    partial.replace(database)
+
+
+def _open_experiment(own_database: Path | None) -> str:
+    """Return the experiment's id, making it if need be; the paths in our own database are made relative."""
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        (main_root() / RECEIPT.relative_to(ROOT)).unlink(missing_ok=True)  # it spoke of another store
+        location = Path(ARTIFACTS).resolve().as_uri() if own_database else None
+        experiment = client.get_experiment(client.create_experiment(EXPERIMENT, artifact_location=location))
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    if own_database and experiment.artifact_location != ARTIFACTS:
+        _make_paths_relative(own_database, str(experiment.artifact_location))
+    return experiment.experiment_id
+
+
+def _make_paths_relative(database: Path, prefix: str) -> None:
+    """Shorten the absolute paths that MLflow gives a new experiment, and what runs have made of them."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
         for table, column in PATH_COLUMNS:
-            database.execute(
+            connection.execute(
                 f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                (present, len(recorded) + 1, len(recorded), recorded),
+                (ARTIFACTS, len(prefix) + 1, len(prefix), prefix),
             )
+
+
+def _sqlite(path: Path) -> str:
+    return f"sqlite:///{path.as_posix()}"
 
 
 class Tracker:
@@ -110,18 +135,19 @@ class Tracker:
         self._client = mlflow.MlflowClient()
         self._buffer: list[Metric] = []
         self._flushed = time.monotonic()
-        self._last_step = {
-            name: max(point.step for point in self._client.get_metric_history(self._run_id, name))
+        self._known = {
+            (name, point.step)
             for name in run.data.metrics
+            for point in self._client.get_metric_history(self._run_id, name)
         }
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Log the values of some metrics after `step` optimizer steps."""
         now = int(time.time() * 1000)
         for name, value in metrics.items():
-            if step > self._last_step.get(name, -1):
+            if (name, step) not in self._known:
                 self._buffer.append(Metric(name, value, now, step))
-                self._last_step[name] = step
+                self._known.add((name, step))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
@@ -135,7 +161,7 @@ class Tracker:
 
 @contextlib.contextmanager
 def training_run(params: Params) -> Iterator[LogMetrics]:
-    """Open the run in which a training logs, and yield what logs there; a run that died before its end is continued.
+    """Open the run in which a training logs, and yield what logs there; one that register never completed goes on.
 
     From here on the run is incomplete until register has been run, so register's receipt is withdrawn. A store that
     fails stops the logging, not the training: register completes the run from the files.
@@ -211,10 +237,9 @@ def _log_files(run: Run, source: str) -> None:
 def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
     """Open the latest run that fits, or a new one.
 
-    For a training (no results yet) that is a run of the same parameters and experiment that never ended. With results
-    it is one that has these or none; outside experiments, an experiment's finished run will do.
+    For a training (no results yet) that is a run of the same parameters and experiment that register has not completed.
+    With results it is one that has these or none; outside experiments, an experiment's finished run will do.
     """
-    experiment_id = connect()
     name, key = experiment_name(), train_key(params)
     tags = {TRAIN_KEY: key, RUN_KEY: run_key(params, key)}
     if name:
@@ -225,21 +250,26 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
     def fits(run: Run) -> bool:
         same_experiment = run.data.tags.get(EXPERIMENT_NAME) == name
         if results is None:
-            return same_experiment and run.info.status == "RUNNING"
+            return same_experiment and RESULTS_KEY not in run.data.tags
         is_ours = same_experiment or (name is None and run.info.status == "FINISHED")
         return is_ours and run.data.tags.get(RESULTS_KEY, results) == results
 
-    runs = mlflow.MlflowClient().search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{tags[RUN_KEY]}'")
-    found = next(filter(fits, runs), None)
-    with mlflow.start_run(
-        run_id=found.info.run_id if found else None,
-        experiment_id=experiment_id,
-        run_name=None if found else name or f"repro-{tags[RUN_KEY][:8]}",
-        tags=None if found else tags,
-        log_system_metrics=results is None,
-    ) as run:
-        mlflow.log_params(_shown_params(params))
-        yield mlflow.get_run(run.info.run_id)
+    with open_store() as experiment_id:
+        runs = mlflow.MlflowClient().search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{tags[RUN_KEY]}'")
+        found = next(filter(fits, runs), None)
+        with mlflow.start_run(
+            run_id=found.info.run_id if found else None,
+            experiment_id=experiment_id,
+            run_name=None if found else name or f"repro-{tags[RUN_KEY][:8]}",
+            tags=None if found else tags,
+            log_system_metrics=results is None,
+        ) as run:
+            mlflow.log_params(_shown_params(params))
+            try:
+                yield mlflow.get_run(run.info.run_id)
+            except KeyboardInterrupt:
+                mlflow.end_run("KILLED")
+                raise
 
 
 def _shown_params(params: Params) -> dict[str, str]:

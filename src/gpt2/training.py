@@ -1,4 +1,4 @@
-"""The training loop. It knows batches, a loss and a place to log to; not attention, files or MLflow.
+"""The training loop. It knows batches, a loss, checkpoints and a place to log to; not attention, files or MLflow.
 
 Shapes: B batch, T positions, V vocabulary.
 """
@@ -7,13 +7,15 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm
 
 from gpt2.batches import Tokens, TrainingBatches, validation_batches
-from gpt2.cli import UserError
+from gpt2.checkpoints import Checkpoints
+from gpt2.cli import Stopped, UserError, stop_requests
 from gpt2.config import TrainParams
 from gpt2.loss import linear_cross_entropy, perplexity
 from gpt2.model import GPT2Model
@@ -24,66 +26,122 @@ LogMetrics = Callable[[int, dict[str, float]], None]
 
 
 def train(
-    model: GPT2Model, train_tokens: Tokens, val_tokens: Tokens, params: TrainParams, log_metrics: LogMetrics
+    model: GPT2Model,
+    train_tokens: Tokens,
+    val_tokens: Tokens,
+    params: TrainParams,
+    checkpoints: Checkpoints,
+    log_metrics: LogMetrics,
 ) -> dict[str, float]:
     """Train `model` in place for params.max_steps optimizer steps and return the final metrics.
 
+    If there is a checkpoint, training goes on from it, and log_metrics first gets again what was logged before it.
     log_metrics(step, metrics) gets "train/..." every log_interval steps and "val/loss" every eval_interval steps, on
     eval_windows windows; after the last step it gets both, "val/loss" on the whole split. A metric's step counts the
-    optimizer steps done. Losses are nats per token. The resulting weights depend on the arguments alone.
-    Raises UserError if a split is too short for one window or the loss is not finite.
+    optimizer steps done. Losses are nats per token. The resulting weights depend on the model, the tokens and params
+    alone, not on interruptions.
+    Raises UserError if a split is too short for one window or more than max_bad_steps steps have a loss or gradient
+    that is not finite; Stopped on Ctrl-C or SIGTERM, after saving a checkpoint; OSError if none can be saved.
     """
     device = choose_device(params.device)
     precision = choose_precision(params.precision, device)
     batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
     optimizers = build_optimizers(model.to(device), params.optimizer, params.weight_decay)
     meter = Meter(batch_tokens=params.batch_size * params.sequence_length)
+    history: list[tuple[int, dict[str, float]]] = []
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        history.append((step, metrics))
+        log_metrics(step, metrics)
 
     def validate(max_windows: int | None) -> float:
         with meter.paused(), autocast(device, precision):
             windows = validation_batches(val_tokens, params.micro_batch_size, params.sequence_length, max_windows)
             return mean_loss(model, windows, device)
 
-    model.train()
-    progress = trange(params.max_steps, desc="train", unit="step", dynamic_ncols=True, mininterval=1)
-    for step in progress:
-        torch.manual_seed(params.seed + step)  # dropout too is a pure function of (seed, step)
-        rate = learning_rate_at(step, params)
-        set_learning_rate(optimizers, rate)
-        with autocast(device, precision):
-            loss = accumulate_gradients(model, *batches(step), params.micro_batch_size, device)
-        nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        meter.add(loss)
-
-        done = step + 1
-        last = done == params.max_steps
-        if last or done % params.log_interval == 0:
-            train_loss, tokens_per_second = meter.read()
-            check_finite(train_loss, done, rate)
-            progress.set_postfix(loss=f"{train_loss:.3f}", tokens_per_s=f"{tokens_per_second:.0f}")
-            log_metrics(
-                done,
-                {
-                    "train/loss": train_loss,
-                    "train/learning_rate": rate,
-                    "train/tokens_per_second": tokens_per_second,
-                },
+    def check_finite(name: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {name} is {value} at step {step}, learning rate {learning_rate_at(step - 1, params):g}; "
+                f"{checkpoints.last()}; try a lower train.learning_rate"
             )
-        if last or done % params.eval_interval == 0:
-            val_loss = validate(None if last else params.eval_windows)
-            check_finite(val_loss, done, rate)
-            log_metrics(done, {"val/loss": val_loss})
+
+    def check_steps() -> None:
+        for step, loss, norm in meter.unread():
+            check_finite("loss", loss, step)
+            check_finite("gradient's norm", norm, step)
+
+    def save(step: int) -> None:
+        with meter.paused():
+            peak_bytes = max(earlier_peak_bytes, peak_memory_bytes(device))
+            notes = {"history": history, "meter": meter.state(), "peak_memory_bytes": peak_bytes}
+            checkpoints.save(step, model, optimizers, notes)
+
+    start, earlier_peak_bytes = 0, 0
+    if restored := checkpoints.restore(model, optimizers):
+        start, notes = restored
+        print(f"going on after step {start}, restored from {checkpoints.folder}", flush=True)
+        meter.restore(notes["meter"])
+        earlier_peak_bytes = notes["peak_memory_bytes"]
+        for step, metrics in notes["history"]:
+            log(step, metrics)
+
+    model.train()
+    steps = range(start, params.max_steps)
+    progress = tqdm(steps, "train", params.max_steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1)
+    with stop_requests() as stop_signal:
+        for step in progress:
+            torch.manual_seed(params.seed + step)  # dropout too is a pure function of (seed, step)
+            rate = learning_rate_at(step, params)
+            set_learning_rate(optimizers, rate)
+            with autocast(device, precision):
+                loss = accumulate_gradients(model, *batches(step), params.micro_batch_size, device)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
+            done = step + 1
+            if meter.bad_steps < params.max_bad_steps and not math.isfinite(loss + norm):
+                meter.bad_steps += 1
+                progress.write(f"step {done} is left out: its loss is {loss:g}, its gradient's norm {norm:g}")
+            else:
+                for optimizer in optimizers:
+                    optimizer.step()
+                meter.add(done, loss, norm)
+            model.zero_grad()
+
+            last = done == params.max_steps
+            if (last or done % params.log_interval == 0) and meter.unread():
+                check_steps()
+                train_loss, tokens_per_second = meter.read()
+                progress.set_postfix(loss=f"{train_loss:.3f}", tokens_per_s=f"{tokens_per_second:.0f}")
+                log(
+                    done,
+                    {
+                        "train/loss": train_loss,
+                        "train/learning_rate": rate,
+                        "train/tokens_per_second": tokens_per_second,
+                    },
+                )
+            if last or done % params.eval_interval == 0:
+                val_loss = validate(None if last else params.eval_windows)
+                check_finite("validation loss", val_loss, done)
+                log(done, {"val/loss": val_loss})
+            stopping = stop_signal()
+            if last or stopping or done % params.checkpoint_interval == 0:
+                check_steps()
+                save(done)
+            if stopping:
+                progress.close()
+                raise Stopped(stopping, f"stopped after step {done}, which is saved: the same command goes on from it")
+
+    final = {name: value for _, metrics in history for name, value in metrics.items()}
     return {
-        "train_loss": train_loss,
-        "val_loss": val_loss,
-        "val_perplexity": perplexity(val_loss),
+        "train_loss": final["train/loss"],
+        "val_loss": final["val/loss"],
+        "val_perplexity": perplexity(final["val/loss"]),
         "steps": params.max_steps,
+        "bad_steps": meter.bad_steps,
         "tokens": params.max_steps * meter.batch_tokens,
         "tokens_per_second": meter.tokens_per_second(),
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": max(earlier_peak_bytes, peak_memory_bytes(device)),
         "parameters": model.count_parameters(),
     }
 
@@ -122,32 +180,31 @@ def next_token_loss(model: GPT2Model, inputs: Tensor, targets: Tensor) -> Tensor
     return linear_cross_entropy(features.flatten(0, 1), model.output_projection.weight, targets.flatten())
 
 
-def check_finite(loss: float, step: int, rate: float) -> None:
-    """Raise UserError if the loss seen after `step` steps is not a number to go on with."""
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}, learning rate {rate:g}: try a lower train.learning_rate")
-
-
 class Meter:
     """Mean loss and tokens per second since the last reading, and over all; time spent paused does not count."""
 
     def __init__(self, batch_tokens: int) -> None:
         self.batch_tokens = batch_tokens
-        self._losses: list[Tensor] = []
+        self.bad_steps = 0
+        self._unread: list[tuple[int, Tensor, Tensor]] = []
         self._steps, self._seconds = 0, 0.0
         self._started = time.perf_counter()
 
-    def add(self, loss: Tensor) -> None:
-        """Count one step. The loss () stays on its device, unread: reading it would wait for the device."""
-        self._losses.append(loss)
+    def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Count one step. Loss and norm () stay on their device, unread: reading them would wait for the device."""
+        self._unread.append((step, loss, norm))
+
+    def unread(self) -> list[tuple[int, float, float]]:
+        """Return step, loss and gradient norm of the steps since the last reading."""
+        return [(step, float(loss), float(norm)) for step, loss, norm in self._unread]
 
     def read(self) -> tuple[float, float]:
         """Return the mean loss and the tokens per second of the steps added since the last reading."""
-        loss, steps = float(torch.stack(self._losses).mean()), len(self._losses)
+        losses = [loss for _, loss, _ in self.unread()]
         seconds = time.perf_counter() - self._started
-        self._steps, self._seconds = self._steps + steps, self._seconds + seconds
-        self._losses, self._started = [], time.perf_counter()
-        return loss, steps * self.batch_tokens / seconds
+        self._steps, self._seconds = self._steps + len(losses), self._seconds + seconds
+        self._unread, self._started = [], time.perf_counter()
+        return math.fsum(losses) / len(losses), len(losses) * self.batch_tokens / seconds
 
     def tokens_per_second(self) -> float:
         """Return the tokens per second of all steps read so far."""
@@ -159,3 +216,20 @@ class Meter:
         began = time.perf_counter()
         yield
         self._started += time.perf_counter() - began
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs, as JSON can hold it."""
+        return {
+            "unread": self.unread(),
+            "seconds_unread": time.perf_counter() - self._started,
+            "steps": self._steps,
+            "seconds": self._seconds,
+            "bad_steps": self.bad_steps,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self._unread = [(step, torch.tensor(loss), torch.tensor(norm)) for step, loss, norm in state["unread"]]
+        self._started = time.perf_counter() - state["seconds_unread"]
+        self._steps, self._seconds = state["steps"], state["seconds"]
+        self.bad_steps = state["bad_steps"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpt2.cli import UserError
 from gpt2.config import ModelConfig, ModelParams, check
-from gpt2.files import read_json, sha256_of, write_json
+from gpt2.files import read_json, replacing, sha256_of, write_json
 from gpt2.model import GPT2Model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -25,19 +25,28 @@ LATER_NAMES = (
 
 
 def save_model(model: GPT2Model, params: ModelParams, vocab_size: int, folder: Path) -> str:
-    """Write folder/model.safetensors and folder/config.json; return the weights' SHA-256.
+    """Write a model folder in place of the present one; return the weights' SHA-256.
 
-    The same weights give the same bytes. Tied weights are written once, as token_embedding.
+    The same weights give the same bytes. Tied weights are written once, as token_embedding. Raises OSError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
     if params.tie_weights:
         del state["output_projection.weight"]
-    save_file(state, folder / WEIGHTS)
-    digest = sha256_of(folder / WEIGHTS)
-    config = {**params.model_dump(), "vocab_size": vocab_size}
-    write_json(folder / CONFIG, {"model": config, "model_sha256": digest})
+    with replacing(folder) as partial:
+        partial.mkdir()
+        save_tensors(state, partial / WEIGHTS)
+        digest = sha256_of(partial / WEIGHTS)
+        config = {**params.model_dump(), "vocab_size": vocab_size}
+        write_json(partial / CONFIG, {"model": config, "model_sha256": digest})
     return digest
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous CPU tensors as safetensors. Raises OSError."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def load_model(path: Path) -> tuple[GPT2Model, ModelConfig]:

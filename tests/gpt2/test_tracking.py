@@ -1,8 +1,12 @@
 """A training's run in a real store: continued if it died, never a reason for a training to fail."""
 
+import contextlib
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +17,9 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from gpt2 import tracking
+from gpt2.cli import Stopped
 from gpt2.config import Params, load_params
-from gpt2.tracking import connect, training_run
+from gpt2.tracking import RESULTS_KEY, open_store, training_run
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,8 @@ def params(request: pytest.FixtureRequest, store: Path) -> Params:
 
 
 def runs_of(params: Params) -> list[Run]:
-    return mlflow.MlflowClient().search_runs([connect()], f"params.`train.seed` = '{params.train.seed}'")
+    with open_store() as experiment_id:
+        return mlflow.MlflowClient().search_runs([experiment_id], f"params.`train.seed` = '{params.train.seed}'")
 
 
 def points(run: Run, name: str) -> list[tuple[int, float]]:
@@ -69,17 +75,34 @@ def test_a_failed_training_leaves_a_failed_run_and_its_error(params: Params) -> 
     assert run.info.status == "FAILED" and points(run, "train/loss") == [(1, 5.0)]
 
 
-def test_a_dead_training_is_continued_and_no_point_comes_twice(params: Params) -> None:
+def test_a_stopped_training_leaves_a_killed_run(params: Params) -> None:
+    with pytest.raises(Stopped), training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+        raise Stopped(signal.SIGTERM, "stopped")
+    (run,) = runs_of(params)
+    assert run.info.status == "KILLED" and points(run, "train/loss") == [(1, 5.0)]
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "KILLED", "FAILED", "FINISHED"])
+def test_a_run_without_results_is_continued_and_no_point_comes_twice(params: Params, status: str) -> None:
     with training_run(params) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
     (dead,) = runs_of(params)
-    mlflow.MlflowClient().update_run(dead.info.run_id, status="RUNNING")
+    mlflow.MlflowClient().update_run(dead.info.run_id, status=status)
     with training_run(params) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
         log_metrics(2, {"train/loss": 4.0})
     (run,) = runs_of(params)
     assert run.info.run_id == dead.info.run_id and run.info.status == "FINISHED"
     assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)]
+
+
+def test_a_completed_run_is_not_continued(params: Params) -> None:
+    with training_run(params):
+        mlflow.set_tag(RESULTS_KEY, "the files'")
+    with training_run(params):
+        pass
+    assert len(runs_of(params)) == 2
 
 
 @pytest.mark.parametrize("failing", ["search_runs", "log_batch", "set_terminated"])
@@ -120,25 +143,77 @@ def output_of(process: subprocess.Popen[str]) -> str:
     return output.strip()
 
 
-@pytest.mark.slow
-def test_a_moved_store_is_used_where_it_is(tmp_path: Path) -> None:
-    log = """
-with mlflow.start_run(experiment_id=tracking.connect()) as run:
+LOG = """
+with tracking.open_store() as experiment_id, mlflow.start_run(experiment_id=experiment_id) as run:
     mlflow.log_text("kept", "note.txt")
 print(run.info.run_id)
 """
-    read = "tracking.connect()\nprint(mlflow.artifacts.load_text('runs:/{}/note.txt'))"
+# What `mlflow ui` does: nothing of this project, in the folder where it is called.
+READ = """
+import os
+os.chdir({folder!r})
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+print(mlflow.artifacts.load_text("runs:/{run}/note.txt"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["relative", "absolute"])
+def test_a_moved_store_is_used_where_it_is(tmp_path: Path, made: str) -> None:
     old, new = tmp_path / "old", tmp_path / "new, with blanks"
     old.mkdir()
-    before = output_of(start(old, log))
+    before = output_of(start(old, LOG))
+    if made == "absolute":
+        make_paths_absolute(old)
+        output_of(start(old, LOG))
     old.rename(new)
-    assert output_of(start(new, read.format(before))) == "kept"
-    after = output_of(start(new, log))
+    assert output_of(start(new, READ.format(folder=str(new), run=before))) == "kept"
+    after = output_of(start(new, LOG))
     assert (new / "mlartifacts" / after / "artifacts" / "note.txt").is_file()
     assert not old.exists()
 
 
+def make_paths_absolute(root: Path) -> None:
+    """Change a store as MLflow would have written it by itself."""
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as connection, connection:
+        for table, column in tracking.PATH_COLUMNS:
+            connection.execute(f"UPDATE {table} SET {column} = ? || {column}", (f"file://{root}/",))
+
+
+MANY = """
+import os, time
+from gpt2.tracking import open_store
+children = []
+start = time.time() + 1
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            time.sleep(start - time.time())
+            with open_store() as experiment_id:
+                assert mlflow.MlflowClient().get_experiment_by_name("gpt2").experiment_id == experiment_id
+            status = 0
+        finally:
+            os._exit(status)
+    children.append(child)
+print({os.waitpid(child, 0)[1] for child in children})
+"""
+
+
 @pytest.mark.slow
-def test_many_processes_open_a_missing_store_at_once(tmp_path: Path) -> None:
-    processes = [start(tmp_path, "print(tracking.connect())") for _ in range(6)]
-    assert len({output_of(process) for process in processes}) == 1
+def test_twenty_processes_open_a_missing_store_at_once(tmp_path: Path) -> None:
+    assert output_of(start(tmp_path, MANY)) == "{0}"
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_it_makes_the_store_leaves_none(tmp_path: Path) -> None:
+    for delay in (0, 0.2, 0.4):
+        process = start(tmp_path, LOG)
+        while not list(tmp_path.glob("mlflow.db*")):
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        assert not (tmp_path / "mlflow.db").exists(), "killed too late to show anything"
+    assert output_of(start(tmp_path, LOG))

@@ -1,6 +1,12 @@
+import contextlib
 import itertools
+import json
 import math
+import os
+import signal
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +16,8 @@ from torch import Tensor
 
 from gpt2 import training
 from gpt2.batches import TrainingBatches
+from gpt2.checkpoints import Checkpoints
+from gpt2.cli import Stopped
 from gpt2.config import TrainParams
 from gpt2.model import GPT2Model
 from gpt2.training import Meter, accumulate_gradients, mean_loss, next_token_loss, train
@@ -23,14 +31,19 @@ TOKENS = (np.arange(400) * 7 % 61).astype(np.uint16)  # each token tells the nex
 
 
 @pytest.fixture
-def run(make_model: MakeModel, make_train_params: MakeTrainParams) -> Callable[..., Any]:
-    """Train a tiny model; return it, its metrics and what was logged."""
+def run(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Path) -> Callable[..., Any]:
+    """Train a tiny model; return it, its metrics and what was logged. Without `checkpoints` it starts anew."""
 
-    def run(model: GPT2Model | None = None, **changes: Any) -> tuple[GPT2Model, dict[str, float], History]:
+    def run(
+        model: GPT2Model | None = None, checkpoints: Checkpoints | None = None, **changes: Any
+    ) -> tuple[GPT2Model, dict[str, float], History]:
         model = model or make_model(dropout=0.2)
         history: History = []
         params = make_train_params(**{"max_steps": 6, "warmup_steps": 2} | changes)
-        metrics = train(model, TOKENS, TOKENS[:90], params, lambda step, metrics: history.append((step, metrics)))
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        metrics = train(
+            model, TOKENS, TOKENS[:90], params, checkpoints or Checkpoints(folder), lambda *point: history.append(point)
+        )
         return model, metrics, history
 
     return run
@@ -141,13 +154,49 @@ def test_final_metrics_hold_what_the_contract_names(run: Callable[..., Any]) -> 
     assert metrics["tokens_per_second"] > 0 and metrics["peak_memory_bytes"] > 2**20
 
 
-def test_loss_that_is_not_finite_ends_training(
+def test_loss_that_is_not_finite_ends_training_and_is_not_saved(
+    run: Callable[..., Any], make_model: MakeModel, error_line: ErrorLine, tmp_path: Path
+) -> None:
+    model, checkpoints = make_model(), Checkpoints(tmp_path)
+    ruin_step(model, 4)
+    changes = {
+        "log_interval": 6,
+        "checkpoint_interval": 1,
+        "learning_rate": 0.25,
+        "warmup_steps": 0,
+        "decay_fraction": 0,
+    }
+    line = error_line(lambda: run(model, checkpoints, **changes))
+    assert "the loss is nan at step 4, learning rate 0.25" in line
+    assert f"the last good state is that of step 3, in {tmp_path}" in line
+    assert saved_steps(tmp_path) == [2, 3]
+
+
+def test_gradient_that_is_not_finite_ends_training(
     run: Callable[..., Any], make_model: MakeModel, error_line: ErrorLine
 ) -> None:
     model = make_model()
-    torch.nn.init.constant_(model.token_embedding.weight, math.nan)
-    line = error_line(lambda: run(model, log_interval=2, learning_rate=0.25, warmup_steps=0, decay_fraction=0))
-    assert "the loss is nan at step 2, learning rate 0.25" in line
+    model.layer_norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    line = error_line(lambda: run(model))
+    assert "the gradient's norm is" in line and "at step 1" in line and "the last good state is none yet" in line
+
+
+def test_bad_steps_are_left_out_if_they_may_be(
+    run: Callable[..., Any], make_model: MakeModel, error_line: ErrorLine, tmp_path: Path
+) -> None:
+    def ruined(*steps: int) -> GPT2Model:
+        model = make_model(dropout=0.2)
+        for step in steps:
+            ruin_step(model, step)
+        return model
+
+    model, metrics, history = run(ruined(2, 5), max_bad_steps=2, log_interval=1)
+    assert metrics["bad_steps"] == 2 and math.isfinite(metrics["val_loss"])
+    assert [step for step, logged in history if "train/loss" in logged] == [1, 3, 4, 6]
+    assert "the loss is nan at step 5" in error_line(lambda: run(ruined(2, 5), max_bad_steps=1))
+    checkpoints = Checkpoints(tmp_path)
+    error_line(lambda: run(ruined(2, 5), checkpoints, max_bad_steps=1, checkpoint_interval=4))
+    error_line(lambda: run(ruined(1), checkpoints, max_bad_steps=1, checkpoint_interval=4))  # the count goes on
 
 
 def test_perplexity_beyond_a_float_is_infinite(run: Callable[..., Any]) -> None:
@@ -160,10 +209,11 @@ def test_last_update_that_ruins_the_model_is_noticed(run: Callable[..., Any], er
 
 
 def test_too_short_split_is_refused(
-    make_model: MakeModel, make_train_params: MakeTrainParams, error_line: ErrorLine
+    make_model: MakeModel, make_train_params: MakeTrainParams, error_line: ErrorLine, tmp_path: Path
 ) -> None:
     def train_on(train_count: int, val_count: int) -> None:
-        train(make_model(), TOKENS[:train_count], TOKENS[:val_count], make_train_params(max_steps=1), lambda *_: None)
+        params, checkpoints = make_train_params(max_steps=1), Checkpoints(tmp_path)
+        train(make_model(), TOKENS[:train_count], TOKENS[:val_count], params, checkpoints, lambda *_: None)
 
     assert "the train split has 15 tokens" in error_line(lambda: train_on(15, 90))
     assert "the val split has 8 tokens" in error_line(lambda: train_on(90, 8))
@@ -214,17 +264,95 @@ def test_tokens_per_second_leave_out_validation(run: Callable[..., Any], monkeyp
     assert [*found, metrics["tokens_per_second"]] == [4 * 8] * 4
 
 
-def test_meter_leaves_out_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meter_leaves_out_pauses_and_goes_on_from_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     meter = Meter(batch_tokens=10)
-    for loss in (1.0, 3.0):
+    for step, loss in ((1, 1.0), (2, 3.0)):
         now[0] += 1
-        meter.add(torch.tensor(loss))
+        meter.add(step, torch.tensor(loss), torch.tensor(0.0))
     with meter.paused():
         now[0] += 100
+    state = json.loads(json.dumps(meter.state()))
     assert meter.read() == (2.0, 10.0)
+    now[0] += 1000
+    restored = Meter(batch_tokens=10)
+    restored.restore(state)
+    assert restored.read() == (2.0, 10.0)
     now[0] += 4
-    meter.add(torch.tensor(5.0))
-    assert meter.read() == (5.0, 2.5)
-    assert meter.tokens_per_second() == 5.0
+    restored.add(3, torch.tensor(5.0), torch.tensor(0.0))
+    assert restored.read() == (5.0, 2.5)
+    assert restored.tokens_per_second() == 5.0
+
+
+def ruin_step(model: GPT2Model, ruined: int) -> None:
+    """Make the features, and so the loss, of one step of a training NaN."""
+    steps = itertools.count(1)
+
+    def hook(module: torch.nn.Module, _: Any, output: Tensor) -> Tensor:
+        return output * math.nan if module.training and next(steps) == ruined else output
+
+    model.layer_norm.register_forward_hook(hook)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[0]) for path in folder.glob("*.safetensors"))
+
+
+def untimed(history: History) -> History:
+    """A history without what depends on the clock."""
+    return [
+        (step, {name: value for name, value in logged.items() if "per_second" not in name}) for step, logged in history
+    ]
+
+
+class Death(BaseException):
+    """Stands for SIGKILL where a test cannot die: nobody handles it."""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dead_after", range(1, 8))
+def test_broken_off_and_resumed_equals_unbroken(
+    run: Callable[..., Any], make_model: MakeModel, tmp_path: Path, optimizer: str, dead_after: int
+) -> None:
+    """A training that ends after any step, and another that goes on: the same weights and curves."""
+    changes = {"max_steps": 7, "checkpoint_interval": 2, "log_interval": 3, "eval_interval": 4, "optimizer": optimizer}
+    unbroken, metrics, history = run(**changes)
+    steps_done = 0
+
+    def model_that_dies_after(last: float) -> GPT2Model:
+        def die(module: torch.nn.Module, _: Any) -> None:
+            nonlocal steps_done
+            if module.training:
+                if steps_done == last:
+                    raise Death
+                steps_done += 1
+
+        model = make_model(dropout=0.2)
+        model.layer_norm.register_forward_pre_hook(die)
+        return model
+
+    with pytest.raises(Death) if dead_after < 7 else contextlib.nullcontext():
+        run(model_that_dies_after(dead_after), Checkpoints(tmp_path), **changes)
+    resumed, metrics_again, history_again = run(model_that_dies_after(math.inf), Checkpoints(tmp_path), **changes)
+    assert steps_done - 7 == (dead_after % 2 if dead_after < 7 else 0)  # done twice
+    assert same_weights(resumed, unbroken)
+    assert untimed(history_again) == untimed(history)
+    clock = {"tokens_per_second", "peak_memory_bytes"}
+    assert {**metrics, **dict.fromkeys(clock)} == {**metrics_again, **dict.fromkeys(clock)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_signal_saves_first(
+    run: Callable[..., Any], make_model: MakeModel, tmp_path: Path, number: signal.Signals
+) -> None:
+    model, checkpoints, steps = make_model(dropout=0.2), Checkpoints(tmp_path), itertools.count(1)
+    model.layer_norm.register_forward_pre_hook(
+        lambda module, *_: os.kill(os.getpid(), number) if module.training and next(steps) == 3 else None
+    )
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match="stopped after step 3, which is saved") as stopped:
+        run(model, checkpoints)
+    assert stopped.value.exit_code == 128 + number and signal.getsignal(number) is before
+    assert saved_steps(tmp_path) == [3]
+    assert same_weights(run(make_model(dropout=0.2), checkpoints)[0], run()[0])
