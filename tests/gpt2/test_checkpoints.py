@@ -1,0 +1,166 @@
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2.checkpoints import Checkpoints
+from gpt2.model import GPT2Model
+from gpt2.optimization import build_optimizers
+
+MakeModel = Callable[..., GPT2Model]
+
+
+@pytest.fixture(scope="session")
+def trained(make_model: MakeModel) -> Callable[..., Any]:
+    """A model and its optimizers after some steps."""
+
+    def train(steps: int, optimizer: str = "adamw", **changes: Any) -> Any:
+        model = make_model(**changes)
+        optimizers = build_optimizers(model, optimizer, weight_decay=0.1)
+        for step in range(steps):
+            torch.manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            for one in optimizers:
+                one.step()
+        return model, optimizers
+
+    return train
+
+
+@pytest.fixture
+def two_states(tmp_path: Path, trained: Callable[..., Any]) -> Path:
+    """A folder with the states of steps 1 and 2."""
+    for step in (1, 2):
+        Checkpoints(tmp_path).save(step, *trained(step), {})
+    return tmp_path
+
+
+def newest(folder: Path) -> Path:
+    return max(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"tie_weights": True}])
+def test_restored_training_goes_on_as_the_saved_one(
+    tmp_path: Path, trained: Callable[..., Any], kind: dict[str, Any]
+) -> None:
+    checkpoints, notes = Checkpoints(tmp_path / "new"), {"history": [[1, {"é": 0.1}]]}
+    model, optimizers = trained(3, **kind)
+    with checkpoints.locked():
+        checkpoints.save(3, model, optimizers, notes)
+        again, optimizers_again = trained(0, **kind)
+        assert checkpoints.restore(again, optimizers_again) == (3, notes)
+    for one, steps in ((model, optimizers), (again, optimizers_again)):
+        for parameter in one.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        for optimizer in steps:
+            optimizer.step()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+
+
+def test_last_two_states_are_kept(tmp_path: Path, trained: Callable[..., Any]) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.last() == "the last good state is none yet"
+    for step in (1, 2, 10, 100):
+        checkpoints.save(step, *trained(0), {})
+    assert [path.name[:8] for path in sorted(tmp_path.iterdir())] == ["00000010", "00000100"]
+    assert checkpoints.last() == f"the last good state is that of step 100, in {tmp_path}"
+
+
+def test_without_states_there_is_nothing_to_restore(tmp_path: Path, trained: Callable[..., Any]) -> None:
+    assert Checkpoints(tmp_path / "absent").restore(*trained(0)) is None
+
+
+@given(data=st.data())
+def test_damaged_state_is_passed_over_with_a_warning(
+    data: st.DataObject, trained: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("states")
+    for step in (1, 2):
+        Checkpoints(folder).save(step, *trained(step), {})
+    path = newest(folder)
+    whole = path.read_bytes()
+    at = data.draw(st.one_of(st.integers(0, 200), st.integers(0, len(whole) - 1)))  # often in the header
+    kind = data.draw(st.sampled_from(["cut", "changed", "inserted"]))
+    replacement = data.draw(st.binary(min_size=1, max_size=9).filter(lambda part: part != whole[at : at + len(part)]))
+    rest = {"cut": b"", "changed": replacement + whole[at + len(replacement) :], "inserted": replacement + whole[at:]}
+    path.write_bytes(whole[:at] + rest[kind])
+    expected, restored = trained(1)[0], trained(0)
+    assert Checkpoints(folder).restore(*restored) == (1, {})
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), restored[0].parameters(), strict=True))
+    shutil.rmtree(folder)
+
+
+def test_warning_names_the_damaged_state(
+    two_states: Path, trained: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = newest(two_states)
+    path.write_bytes(path.read_bytes()[:-1])
+    Checkpoints(two_states).restore(*trained(0))
+    assert capsys.readouterr().err == f"warning: {path} is damaged and passed over\n"
+
+
+def test_damaged_states_alone_are_none(two_states: Path, trained: Callable[..., Any]) -> None:
+    for path in two_states.iterdir():
+        path.write_bytes(b"")
+    assert Checkpoints(two_states).restore(*trained(0)) is None
+
+
+def test_state_that_does_not_fit_on_the_disk_leaves_the_last(
+    two_states: Path, trained: Callable[..., Any], full_disk: None
+) -> None:
+    before = sorted(two_states.iterdir())
+    with pytest.raises(OSError, match=r"state of step 3 cannot be saved .*the last good state is that of step 2, in"):
+        Checkpoints(two_states).save(3, *trained(3), {})
+    assert sorted(two_states.iterdir()) == before
+    assert Checkpoints(two_states).restore(*trained(0)) == (2, {})
+
+
+def test_unfinished_state_of_a_killed_process_is_deleted(two_states: Path) -> None:
+    (two_states / "partial").write_bytes(newest(two_states).read_bytes()[:100])
+    checkpoints = Checkpoints(two_states)
+    with checkpoints.locked():
+        assert [path.suffix for path in two_states.iterdir()] == [".safetensors"] * 2
+
+
+def test_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), Checkpoints(tmp_path / "file" / "states").locked():
+        pass
+
+
+def test_same_training_waits_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order = []
+
+    def second() -> None:
+        with Checkpoints(tmp_path / "key").locked():
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with Checkpoints(tmp_path / "key").locked():
+        with Checkpoints(tmp_path / "other").locked():  # another training does not wait
+            thread.start()
+        while "another process runs this very training (key); waiting" not in capsys.readouterr().err:
+            time.sleep(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_removed_states_leave_nothing_unless_they_are_in_use(tmp_path: Path, trained: Callable[..., Any]) -> None:
+    checkpoints = Checkpoints(tmp_path / "key")
+    with checkpoints.locked():
+        checkpoints.save(1, *trained(1), {})
+        Checkpoints(tmp_path / "key").remove()
+        assert checkpoints.restore(*trained(0)) == (1, {})
+    checkpoints.remove()
+    assert list(tmp_path.iterdir()) == []
+    checkpoints.remove()

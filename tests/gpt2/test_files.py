@@ -1,0 +1,67 @@
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gpt2.files import read_json, replacing, sha256_of, write_json, write_text
+
+
+def test_text_comes_back_in_the_same_bytes_everywhere(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "text.json"
+    write_json(path, {"b": "é", "a": [1]})
+    assert path.read_bytes() == '{\n  "b": "é",\n  "a": [\n    1\n  ]\n}\n'.encode()
+    assert read_json(path) == {"b": "é", "a": [1]}
+
+
+def test_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, full_disk: None) -> None:
+    path = tmp_path / "text"
+    write_text(path, "old")
+    with pytest.raises(OSError, match="too large"):
+        write_text(path, "x" * 2000)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_what_is_not_finished_replaces_nothing(tmp_path: Path, kind: str, error: type[BaseException]) -> None:
+    path = tmp_path / "it"
+    write = make_file if kind == "file" else make_folder
+    for text in ("old", "new"):
+        with replacing(path) as partial:
+            write(partial, text)
+            assert partial != path
+    with contextlib.suppress(error), replacing(path) as partial:
+        write(partial, "newest")
+        raise error
+    assert (path if kind == "file" else path / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_no_hindrance(tmp_path: Path) -> None:
+    path = tmp_path / "it"
+    make_folder(tmp_path / "it.partial", "half")
+    with replacing(path) as partial:
+        make_folder(partial, "whole")
+    assert (path / "file").read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+
+
+def make_file(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def make_folder(path: Path, text: str) -> None:
+    path.mkdir()
+    (path / "file").write_text(text)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "\0", "[" * 100_000])
+def test_broken_json_is_refused(tmp_path: Path, error_line: Callable[..., str], text: str | None) -> None:
+    path = tmp_path / "a.json"
+    if text is not None:
+        path.write_text(text)
+    assert "a.json" in error_line(lambda: read_json(path))
+
+
+def test_sha256_of_what_cannot_be_read_is_refused(tmp_path: Path, error_line: Callable[..., str]) -> None:
+    assert f"{tmp_path} cannot be read" in error_line(lambda: sha256_of(tmp_path))
