@@ -15,13 +15,14 @@ from gpt2.model import GPT2Model
 from gpt2.optimization import build_optimizers
 
 MakeModel = Callable[..., GPT2Model]
+Train = Callable[..., tuple[GPT2Model, list[torch.optim.Optimizer]]]
 
 
 @pytest.fixture(scope="session")
-def trained(make_model: MakeModel) -> Callable[..., Any]:
+def trained(make_model: MakeModel) -> Train:
     """A model and its optimizers after some steps."""
 
-    def train(steps: int, optimizer: str = "adamw", **changes: Any) -> Any:
+    def train(steps: int, optimizer: str = "adamw", **changes: Any) -> tuple[GPT2Model, list[torch.optim.Optimizer]]:
         model = make_model(**changes)
         optimizers = build_optimizers(model, optimizer, weight_decay=0.1)
         for step in range(steps):
@@ -36,7 +37,7 @@ def trained(make_model: MakeModel) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def two_states(tmp_path: Path, trained: Callable[..., Any]) -> Path:
+def two_states(tmp_path: Path, trained: Train) -> Path:
     """A folder with the states of steps 1 and 2."""
     for step in (1, 2):
         Checkpoints(tmp_path).save(step, *trained(step), {})
@@ -48,9 +49,7 @@ def newest(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"tie_weights": True}])
-def test_restored_training_goes_on_as_the_saved_one(
-    tmp_path: Path, trained: Callable[..., Any], kind: dict[str, Any]
-) -> None:
+def test_restored_training_goes_on_as_the_saved_one(tmp_path: Path, trained: Train, kind: dict[str, Any]) -> None:
     checkpoints, notes = Checkpoints(tmp_path / "new"), {"history": [[1, {"é": 0.1}]]}
     model, optimizers = trained(3, **kind)
     with checkpoints.locked():
@@ -66,7 +65,7 @@ def test_restored_training_goes_on_as_the_saved_one(
         assert torch.equal(weight, again.state_dict()[name]), name
 
 
-def test_last_two_states_are_kept(tmp_path: Path, trained: Callable[..., Any]) -> None:
+def test_last_two_states_are_kept(tmp_path: Path, trained: Train) -> None:
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.last() == "the last good state is none yet"
     for step in (1, 2, 10, 100):
@@ -75,13 +74,13 @@ def test_last_two_states_are_kept(tmp_path: Path, trained: Callable[..., Any]) -
     assert checkpoints.last() == f"the last good state is that of step 100, in {tmp_path}"
 
 
-def test_without_states_there_is_nothing_to_restore(tmp_path: Path, trained: Callable[..., Any]) -> None:
+def test_without_states_there_is_nothing_to_restore(tmp_path: Path, trained: Train) -> None:
     assert Checkpoints(tmp_path / "absent").restore(*trained(0)) is None
 
 
 @given(data=st.data())
 def test_damaged_state_is_passed_over_with_a_warning(
-    data: st.DataObject, trained: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject, trained: Train, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("states")
     for step in (1, 2):
@@ -99,24 +98,20 @@ def test_damaged_state_is_passed_over_with_a_warning(
     shutil.rmtree(folder)
 
 
-def test_warning_names_the_damaged_state(
-    two_states: Path, trained: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_warning_names_the_damaged_state(two_states: Path, trained: Train, capsys: pytest.CaptureFixture[str]) -> None:
     path = newest(two_states)
     path.write_bytes(path.read_bytes()[:-1])
     Checkpoints(two_states).restore(*trained(0))
     assert capsys.readouterr().err == f"warning: {path} is damaged and passed over\n"
 
 
-def test_damaged_states_alone_are_none(two_states: Path, trained: Callable[..., Any]) -> None:
+def test_damaged_states_alone_are_none(two_states: Path, trained: Train) -> None:
     for path in two_states.iterdir():
         path.write_bytes(b"")
     assert Checkpoints(two_states).restore(*trained(0)) is None
 
 
-def test_state_that_does_not_fit_on_the_disk_leaves_the_last(
-    two_states: Path, trained: Callable[..., Any], full_disk: None
-) -> None:
+def test_state_that_does_not_fit_on_the_disk_leaves_the_last(two_states: Path, trained: Train, full_disk: None) -> None:
     before = sorted(two_states.iterdir())
     with pytest.raises(OSError, match=r"state of step 3 cannot be saved .*the last good state is that of step 2, in"):
         Checkpoints(two_states).save(3, *trained(3), {})
@@ -155,7 +150,7 @@ def test_same_training_waits_and_says_so(tmp_path: Path, capsys: pytest.CaptureF
     assert order == ["first", "second"]
 
 
-def test_removed_states_leave_nothing_unless_they_are_in_use(tmp_path: Path, trained: Callable[..., Any]) -> None:
+def test_removed_states_leave_nothing_unless_they_are_in_use(tmp_path: Path, trained: Train) -> None:
     checkpoints = Checkpoints(tmp_path / "key")
     with checkpoints.locked():
         checkpoints.save(1, *trained(1), {})

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.cli import UserError, run_command
+from gpt2.cli import Stopped, UserError, run_command, stop_requests
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -39,6 +40,36 @@ def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:
         run_command(raising(KeyboardInterrupt()))
     assert ended.value.code == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_stopped_work_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command(raising(Stopped(signal.SIGTERM, "stopped; the same command goes on")))
+    assert ended.value.code == 143
+    assert capsys.readouterr() == ("", "stopped; the same command goes on\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("CUDA out of memory.\n")],
+)
+def test_no_memory_is_one_line(capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command(raising(error))
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: there is not enough memory") and len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_held_back_once(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_requests() as requested:
+        assert requested() == 0
+        os.kill(os.getpid(), number)
+        assert requested() == number
+        assert signal.getsignal(number) is before  # a second one acts at once
+    assert signal.getsignal(number) is before
 
 
 def test_mistake_of_ours_keeps_its_traceback() -> None:

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,12 @@ def test_impossible_combinations_are_reported_with_the_rest(problem: Callable[..
         ("train.threads", 0),
         ("train", None),
         ("train", [1, 2]),
+        ("train.checkpoint_interval", 0),
+        ("train.max_bad_steps", -1),
+        ("train.batch_size", 2**20 + 1),
+        ("model.d_model", 2**20 + 1),
+        ("model.n_layers", 1001),
+        ("model.n_heads", 0),
         ("model.dropout", 1),
         ("model.dropout", -0.1),
         ("model.tie_weights", 1),
@@ -149,6 +156,7 @@ def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, va
         ({"train.micro_batch_size": 3}, "train.batch_size 8 is not a multiple of train.micro_batch_size 3"),
         ({"train.sequence_length": 513}, "train.sequence_length 513 is more than model.max_len 512"),
         ({"evaluate.stride": 513}, "evaluate.stride 513 is more than model.max_len 512"),
+        ({"train.max_bad_steps": 220}, "train.max_bad_steps 220 is not below train.max_steps 220"),
         ({"prepare.val_fraction": 0.5, "prepare.test_fraction": 0.5}, "leave nothing to train on"),
     ],
 )
@@ -181,6 +189,32 @@ def test_what_is_no_mapping_is_refused(tmp_path: Path, error_line: ErrorLine, te
 @pytest.mark.parametrize("text", ["!!bool maybe", "!!int ''", "!!float ''", "!!timestamp noon"])
 def test_value_that_is_not_what_its_tag_says_is_refused(tmp_path: Path, error_line: ErrorLine, text: str) -> None:
     assert "params.yaml" in error_line(lambda: load_text(tmp_path, f"train: {text}"))
+
+
+def aliases(value: str, item: str) -> str:
+    """YAML of a few hundred characters for a value with 9 to the 10th parts."""
+    lines = [f"a: &a {value}"]
+    for before, name in itertools.pairwise("abcdefghijk"):
+        lines.append(f"{name}: &{name} {item.format(', '.join(f'k{i}: *{before}' for i in range(9)))}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "{a: " * 900 + "1" + "}" * 900,
+        "train: !!python/object/apply:os.system [exit]",
+        "train: {seed: 1" + "0" * 5000 + "}",
+        "train: {seed: 0x" + "f" * 5000 + "}",
+        "model: &m {d_model: *m}",
+        aliases("{x: 1}", "{{{}}}") + "\nmodel: *k\ntrain: *k",
+        aliases("[1]", "[{}]") + "\nmodel: *k\ntrain: {seed: *k}",
+    ],
+    ids=["deep list", "deep mapping", "tag", "long number", "long hexadecimal", "itself", "mappings", "lists"],
+)
+def test_hostile_text_is_refused_in_a_line(tmp_path: Path, error_line: ErrorLine, text: str) -> None:
+    assert len(error_line(lambda: load_text(tmp_path, text))) < 5000
 
 
 def test_missing_file_is_named(tmp_path: Path, error_line: ErrorLine) -> None:

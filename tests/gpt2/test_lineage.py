@@ -1,0 +1,62 @@
+"""Keys change with all that a training depends on, and with nothing else."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gpt2 import lineage
+from gpt2.config import Params, check
+from gpt2.lineage import hash_of, run_key, train_key
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files that a key is made from, with some tokens."""
+    shutil.copytree(REPOSITORY / "src", tmp_path / "src")
+    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / "data" / "tokens").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "tokens" / f"{split}.bin").write_bytes(b"tokens")
+    monkeypatch.setattr(lineage, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def params(shipped: dict[str, Any]) -> Callable[..., Params]:
+    return lambda section="train", **changes: check(Params, shipped | {section: shipped[section] | changes}, "")
+
+
+@pytest.mark.parametrize(
+    "name", ["data/tokens/train.bin", "data/tokens/val.bin", "src/train.py", "src/gpt2/model.py", "src/gpt2/loss.py"]
+)
+def test_train_key_changes_with_data_and_code(checkout: Path, params: Callable[..., Params], name: str) -> None:
+    before = train_key(params())
+    with (checkout / name).open("ab") as file:
+        file.write(b"\n")
+    assert train_key(params()) != before
+
+
+@pytest.mark.parametrize("name", ["src/gpt2/tracking.py", "src/gpt2/sampling.py", "src/infer.py"])
+def test_train_key_stays_with_other_code(checkout: Path, params: Callable[..., Params], name: str) -> None:
+    before = train_key(params())
+    (checkout / name).unlink()
+    assert train_key(params()) == before
+
+
+def test_train_key_changes_with_parameters_of_training_alone(checkout: Path, params: Callable[..., Params]) -> None:
+    key = train_key(params())
+    assert key == train_key(params())
+    assert key != train_key(params(learning_rate=0.1)) and key != train_key(params("model", dropout=0.3))
+    assert key == train_key(params("evaluate", stride=7))
+    assert run_key(params(), key) != run_key(params("evaluate", stride=7), key)
+
+
+def test_hash_is_of_the_content_not_of_its_order() -> None:
+    assert hash_of({"a": 1, "b": [2, 3]}) == hash_of(yaml.safe_load("{b: [2, 3], a: 1}"))
+    assert hash_of({"a": [2, 3]}) != hash_of({"a": [3, 2]})
