@@ -2,6 +2,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gpt2.checkpoints import Checkpoints
 from gpt2.model import GPT2Model
 from gpt2.optimization import build_optimizers
 
+FullDisk = Callable[[], AbstractContextManager[None]]
 MakeModel = Callable[..., GPT2Model]
 Train = Callable[..., tuple[GPT2Model, list[torch.optim.Optimizer]]]
 
@@ -111,9 +113,12 @@ def test_damaged_states_alone_are_none(two_states: Path, trained: Train) -> None
     assert Checkpoints(two_states).restore(*trained(0)) is None
 
 
-def test_state_that_does_not_fit_on_the_disk_leaves_the_last(two_states: Path, trained: Train, full_disk: None) -> None:
+def test_state_that_does_not_fit_on_the_disk_leaves_the_last(
+    two_states: Path, trained: Train, full_disk: FullDisk
+) -> None:
     before = sorted(two_states.iterdir())
-    with pytest.raises(OSError, match=r"state of step 3 cannot be saved .*the last good state is that of step 2, in"):
+    message = "state of step 3 cannot be saved .*the last good state is that of step 2, in"
+    with pytest.raises(OSError, match=message), full_disk():
         Checkpoints(two_states).save(3, *trained(3), {})
     assert sorted(two_states.iterdir()) == before
     assert Checkpoints(two_states).restore(*trained(0)) == (2, {})

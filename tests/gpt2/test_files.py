@@ -6,6 +6,8 @@ import pytest
 
 from gpt2.files import read_json, replacing, sha256_of, write_json, write_text
 
+FullDisk = Callable[[], contextlib.AbstractContextManager[None]]
+
 
 def test_text_comes_back_in_the_same_bytes_everywhere(tmp_path: Path) -> None:
     path = tmp_path / "new" / "text.json"
@@ -14,10 +16,10 @@ def test_text_comes_back_in_the_same_bytes_everywhere(tmp_path: Path) -> None:
     assert read_json(path) == {"b": "é", "a": [1]}
 
 
-def test_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, full_disk: None) -> None:
+def test_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, full_disk: FullDisk) -> None:
     path = tmp_path / "text"
     write_text(path, "old")
-    with pytest.raises(OSError, match="too large"):
+    with pytest.raises(OSError, match="too large"), full_disk():
         write_text(path, "x" * 2000)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
