@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
 from gpt2 import tokenizer
-from gpt2.cli import UserError, fail, run_command
+from gpt2.cli import Parser, UserError, fail, run_command
 from gpt2.config import Device, ModelConfig, check
 from gpt2.model import GPT2Model
 from gpt2.runtime import choose_device
@@ -33,13 +33,6 @@ class Options(GenerationSettings):
     """What is set for the whole command."""
 
     device: Device = "auto"
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse whose errors are the project's one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def main() -> None:

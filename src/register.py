@@ -1,18 +1,39 @@
-"""Stage register: the run is completed in MLflow, the weights become a version, the best version the champion."""
+"""Stage register: the run is completed in MLflow, the weights become a version, the best version the champion.
+
+With --show or --verify it changes nothing, and tells where a registered model came from.
+"""
 
 from gpt2.checkpoints import Checkpoints
-from gpt2.cli import run_command
-from gpt2.config import load_params
+from gpt2.cli import Parser, run_command
+from gpt2.config import Params, load_params
 from gpt2.files import read_json, write_json
 from gpt2.lineage import train_key
 from gpt2.project import METRICS, MODEL, PARAMS, RECEIPT, TOKENS, training_state
-from gpt2.registry import TEST_LOSS, TEST_SHA256, promote, register
+from gpt2.registry import TEST_LOSS, TEST_SHA256, describe, promote, register, verify
 from gpt2.tracking import MODEL_SHA256, mirror_run
 from gpt2.weights import read_config
 
 
 def main() -> None:
     params = load_params(PARAMS)
+    champion = f"models:/{params.register_.name}@{params.register_.alias}"
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    for name, about in (
+        ("--show", "print what a model was made from, and the commands that make it again"),
+        ("--verify", "read a model's weights, and compare their SHA-256 with the registered one"),
+    ):
+        parser.add_argument(name, nargs="?", const=champion, metavar="URI", help=f"{about} (default: {champion})")
+    arguments = parser.parse_args()
+    if arguments.show:
+        print(describe(arguments.show))
+    if arguments.verify:
+        print(verify(arguments.verify))
+    if not (arguments.show or arguments.verify):
+        register_results(params)
+
+
+def register_results(params: Params) -> None:
+    """Bring what the stages before have written into MLflow."""
     name, alias = params.register_.name, params.register_.alias
     _, model_sha256 = read_config(MODEL)
     tags = {

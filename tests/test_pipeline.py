@@ -11,12 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import mlflow
+import psutil
 import pytest
 import yaml
 from mlflow.entities import Run
+
+from gpt2.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("prepare", "train", "evaluate", "sample", "register")
@@ -125,10 +131,11 @@ def assert_complete(checkout: Path, run: Run, max_steps: int) -> None:
         assert steps and max(steps) == max_steps and len(steps) == len(set(steps)), name
     assert {"test/perplexity", "test/bits_per_byte"} <= set(run.data.metrics)
     assert run.inputs and [one.dataset.name for one in run.inputs.dataset_inputs] == ["data/raw/poems.txt"]
-    assert str(run.info.artifact_uri).startswith((checkout / "mlartifacts").as_uri())
-    artifacts = {
-        item.path for folder in ("config", "samples", "plots") for item in client.list_artifacts(run_id, folder)
-    }
+    assert str(run.info.artifact_uri).startswith("mlartifacts/")
+    with contextlib.chdir(checkout):
+        artifacts = {
+            item.path for folder in ("config", "samples", "plots") for item in client.list_artifacts(run_id, folder)
+        }
     assert {"config/params.yaml", "samples/samples.md", "samples/samples.json", "plots/val_loss.csv"} <= artifacts
 
 
@@ -151,6 +158,31 @@ def run_queue(checkout: Path, shell: Shell, environment: dict[str, str]) -> None
         for file in checkout.glob(".dvc/tmp/exps/celery/*.pid"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(file.read_text()), signal.SIGTERM)
+
+
+def clone(checkout: Path, folder: Path, **train: int) -> Path:
+    """Return a clone that has the corpus, and other parameters of the training."""
+    subprocess.run(["git", "clone", "-q", checkout, folder], check=True)
+    shutil.copy(checkout / "data/raw/poems.txt", folder / "data/raw")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["train"] |= train
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    return folder
+
+
+def digests(checkout: Path) -> dict[str, str]:
+    """The SHA-256 of all results that do not tell of the clock."""
+    patterns = ("tokens/*", "model/*", "samples/*", "metrics/evaluate.json", "plots/*loss.csv")
+    files = [file for pattern in patterns for file in (checkout / "data").glob(pattern)]
+    return {file.relative_to(checkout).as_posix(): sha256_of(file) for file in files if file.name != ".gitignore"}
+
+
+def wait_for(find: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 120
+    while not (found := find()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return found
 
 
 def stages_run(output: str) -> list[str]:
@@ -199,6 +231,37 @@ def test_infer_writes_from_the_champion(shell: Shell, reproduced: object) -> Non
     assert shell(f"{command} -m runs:/{run_uri[1]}/model").stdout == first.stdout
 
 
+def test_a_version_tells_how_to_make_it_again(checkout: Path, shell: Shell, reproduced: object) -> None:
+    facts, commands = shell("python src/register.py --show").stdout.split("\n\n")
+    shown = yaml.safe_load(facts)
+    made = json.loads((checkout / "data/model/config.json").read_text())["model_sha256"]
+    assert shown["weights_sha256"] == made
+    assert shown["git_commit"] == shell("git rev-parse HEAD").stdout.strip()
+    assert shown["test_perplexity"] == json.loads((checkout / "data/metrics/evaluate.json").read_text())["perplexity"]
+    assert shown["data_digest"] == sha256_of(checkout / "data/tokens/train.bin")[:32]
+    assert shown["params"]["train"]["max_steps"] == 6 and shown["aliases"] == ["champion"]
+    all_installed = "\n".join(line for line in commands.splitlines() if "pip install" not in line)
+    assert shell(f"set -e\n{all_installed}").stdout.splitlines()[-1].split()[0] == made
+
+
+def test_weights_that_were_not_registered_are_refused(checkout: Path, shell: Shell, reproduced: object) -> None:
+    assert "has the SHA-256 that was registered" in shell("python src/register.py --verify").stdout
+    (weights,) = (checkout / "mlartifacts").rglob("model.safetensors")
+    config = weights.with_name("config.json")
+    whole, recorded = weights.read_bytes(), config.read_text()
+
+    def assert_refused(reason: str) -> None:
+        for command in ("python src/register.py --verify", "python src/infer.py --prompt Roses"):
+            assert reason in shell(command, code=2).stderr
+
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert_refused("is damaged")
+    config.write_text(json.dumps(json.loads(recorded) | {"model_sha256": sha256_of(weights)}))
+    assert_refused("does not hold the weights that were registered")
+    weights.write_bytes(whole)
+    config.write_text(recorded)
+
+
 def test_mlflow_serves_the_text_that_infer_writes(checkout: Path, shell: Shell, reproduced: object) -> None:
     script = """
 import mlflow, pandas
@@ -215,11 +278,10 @@ print(model.predict(frame, params={"max_tokens": 5, "seed": 1})["text"][0])
 
 
 def test_by_hand_gives_the_same_bytes(checkout: Path, shell: Shell, reproduced: object) -> None:
-    config = checkout / "data/model/config.json"
-    before = config.read_text()
+    before = digests(checkout)
     for stage in STAGES:
         shell(f"python src/{stage}.py")
-    assert config.read_text() == before
+    assert digests(checkout) == before
     shell("dvc commit --force")  # the measured speed is another one
     assert stages_run(shell("dvc repro").stdout) == []
 
@@ -234,8 +296,8 @@ def test_a_lost_store_is_rebuilt_without_training(checkout: Path, shell: Shell, 
     assert_complete(checkout, run, max_steps=6)
 
 
-def test_experiments_leave_complete_runs(
-    checkout: Path, shell: Shell, environment: dict[str, str], reproduced: object
+def test_experiments_leave_complete_runs_and_the_same_bytes(
+    checkout: Path, shell: Shell, environment: dict[str, str], tmp_path: Path, reproduced: object
 ) -> None:
     shell("git add -A && git commit -qm results")
     shell("dvc exp run -n here -S train.max_steps=4")
@@ -253,6 +315,103 @@ def test_experiments_leave_complete_runs(
         assert_complete(checkout, runs[name], steps)
     assert "queued-8" in shell("dvc exp show --csv").stdout
     assert not list((checkout / ".dvc/tmp/exps").glob("**/mlflow.db"))
+    by_hand = clone(checkout, tmp_path / "gpt2", max_steps=8)
+    shell(f"cd {by_hand} && python src/prepare.py && python src/train.py")
+    trained = sha256_of(by_hand / "data/model/model.safetensors")
+    assert runs["queued-8"].data.tags["gpt2.model_sha256"] == trained
+
+
+# Python runs this when it starts. In a training it notes each step, which begins with the seeding of dropout.
+NOTE_STEPS = """
+import os, sys
+if sys.orig_argv[-1] == "src/train.py":
+    import torch
+    manual_seed = torch.manual_seed
+    def noting_manual_seed(seed):
+        with open(os.environ["NOTED_STEPS"], "a") as file:
+            file.write(f"{os.getpid()} {seed}\\n")
+        return manual_seed(seed)
+    torch.manual_seed = noting_manual_seed
+"""
+
+
+def test_killed_at_any_moment_equals_unbroken(
+    checkout: Path, environment: dict[str, str], tmp_path: Path, reproduced: object
+) -> None:
+    max_steps, interval = 60, 3
+    unbroken, killed = (
+        clone(checkout, tmp_path / name / "gpt2", max_steps=max_steps, checkpoint_interval=interval)
+        for name in ("unbroken", "killed")
+    )
+    subprocess.run(["dvc", "repro", "--quiet"], cwd=unbroken, env=environment, check=True)
+    output, noted = tmp_path / "output", tmp_path / "steps"
+    noted.touch()
+    (tmp_path / "sitecustomize.py").write_text(NOTE_STEPS)
+    noting = environment | {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(noted)}
+
+    def start(stage: str) -> tuple[psutil.Popen, psutil.Process | None]:
+        """Start `dvc repro`, and wait until it runs a stage's script or ends; return both processes."""
+        with output.open("a") as file:
+            dvc = psutil.Popen(["dvc", "repro"], cwd=killed, env=noting, stdout=file, stderr=file)
+        while dvc.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in dvc.children(recursive=True):
+                    if process.cmdline()[1:] == [f"src/{stage}.py"]:
+                        return dvc, process
+        return dvc, None
+
+    def kill(*victims: psutil.Process) -> None:
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+                victim.wait(60)
+
+    def steps() -> list[int]:
+        """All steps begun so far, in order, the first being 0."""
+        seeds = [line.split() for line in noted.read_text().splitlines()]
+        started = {process: i for i, (process, _) in reversed(list(enumerate(seeds)))}  # seeded for the first weights
+        return [int(seed) - 1234 for i, (process, seed) in enumerate(seeds) if started[process] != i]
+
+    def wait_for_steps(more: int) -> None:
+        begun = len(steps())
+        wait_for(lambda: len(steps()) >= begun + more)
+
+    kills, random = 0, Random(0)
+    for stage in ["prepare", *["train"] * 8, "evaluate", "sample", *["register"] * 3]:
+        dvc, process = start(stage)
+        if process is None:
+            continue  # it had ended just before it was killed
+        if stage == "train":
+            wait_for_steps(random.randint(1, 2 * interval))
+            if random.random() < 0.5:
+                wait_for(lambda: list(killed.glob(".cache/train/*/partial")))  # a checkpoint is being written
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(random.uniform(0, 0.05 if stage == "train" else 3))
+        kill(*random.choice([[process], [dvc, *dvc.children(recursive=True)]]))
+        dvc.wait(60)
+        kills += 1
+        if kills == 5:  # dvc alone is killed: the training that it leaves is waited for by the next one
+            dvc, orphan = start("train")
+            wait_for_steps(1)
+            kill(dvc)
+            assert orphan
+            orphan.suspend()
+            dvc, waiting = start("train")
+            wait_for(lambda: "waiting for it" in output.read_text())
+            kill(orphan)
+            wait_for_steps(1)
+            kill(waiting)
+            dvc.wait(60)
+    assert kills >= 10
+    subprocess.run(["dvc", "repro", "--quiet"], cwd=killed, env=noting, check=True)
+
+    repeated = [last - following + 1 for last, following in pairwise(steps()) if following != last + 1]
+    assert repeated and all(0 < count <= interval for count in repeated), repeated
+    assert steps()[-1] == max_steps - 1
+    assert digests(killed) == digests(unbroken)
+    (run,) = runs_by_name(killed).values()
+    assert_complete(killed, run, max_steps)
+    assert not list((killed / ".cache/train").iterdir())
 
 
 def test_wrong_params_stop_everything_with_one_line(checkout: Path, shell: Shell) -> None:

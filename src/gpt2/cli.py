@@ -1,11 +1,13 @@
 """How every command ends: its exit code, and one line on standard error for a user's mistake."""
 
+import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -18,6 +20,13 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse whose errors are the project's one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -1,17 +1,26 @@
 """Models in MLflow's registry: a version for each set of weights, and an alias for the best of them."""
 
+import contextlib
+from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import Any
 
 import mlflow
+import yaml
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from gpt2 import tracking
 from gpt2.cli import UserError
+from gpt2.loss import perplexity
 from gpt2.sampling import GenerationSettings
-from gpt2.tracking import MODEL_SHA256, store_lock
+from gpt2.tracking import COMMIT, ENVIRONMENT, MODEL_SHA256, store_lock
+from gpt2.weights import WEIGHTS, load_model, read_config
 
 TEST_LOSS, TEST_SHA256 = "gpt2.test_loss", "gpt2.test_sha256"
 FOLDER = "model"  # of the weights, among a registered model's artifacts
@@ -40,7 +49,7 @@ def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
     client = mlflow.MlflowClient()
     with store_lock():
         version = _find_version(client, tags[MODEL_SHA256], name)
-        if version and not mlflow.artifacts.list_artifacts(f"models:/{name}/{version.version}"):
+        if version and not mlflow.artifacts.list_artifacts(_uri(version)):
             client.delete_model_version(name, version.version)  # its files are lost
             version = None
         if version is None:
@@ -89,27 +98,105 @@ def takes_over(version: ModelVersion, holder: ModelVersion | None) -> tuple[bool
 def fetch_model(uri: str) -> Path:
     """Return the local model folder behind a registry or run URI, e.g. models:/gpt2@champion or runs:/<id>/model.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or another SHA-256 is recorded in it than was registered.
     """
+    with _open_version(uri) as version:
+        stored = mlflow.artifacts.download_artifacts(_uri(version))
+        folder = Path(stored).resolve() / "artifacts" / FOLDER
+    if read_config(folder)[1] != version.tags[MODEL_SHA256]:
+        raise UserError(f"{folder} does not hold the weights that were registered as {_uri(version)}")
+    return folder
+
+
+def verify(uri: str) -> str:
+    """Return, in words, that the weights behind a URI are those that were registered. Raises UserError if not."""
+    folder = fetch_model(uri)
+    load_model(folder)  # reads the weights, and compares their SHA-256
+    return f"{folder / WEIGHTS} has the SHA-256 that was registered, {read_config(folder)[1]}"
+
+
+def describe(uri: str) -> str:
+    """Return where the model behind a URI came from, and the commands that make it again. Raises UserError."""
+    with _open_version(uri) as version:
+        client = mlflow.MlflowClient()
+        run = client.get_run(str(version.run_id))
+        aliases = client.get_registered_model(version.name).aliases
+    params: dict[str, dict[str, Any]] = {}
+    for name, value in run.data.params.items():
+        section, key = name.split(".")
+        params.setdefault(section, {})[key] = yaml.safe_load(value)
+    assert run.inputs  # logged before a version is made
+    loss, corpus = float(version.tags[TEST_LOSS]), run.inputs.dataset_inputs[0].dataset
+    facts = {
+        "model": _uri(version),
+        "aliases": [alias for alias, number in aliases.items() if number == version.version],
+        "weights_sha256": version.tags[MODEL_SHA256],
+        "test_loss": loss,
+        "test_perplexity": perplexity(loss),
+        "run": run.info.run_id,
+        "git_commit": run.data.tags.get(COMMIT),
+        "environment": run.data.tags.get(ENVIRONMENT),
+        "corpus": corpus.name,
+        "data_digest": corpus.digest,
+        "params": params,
+    }
+    shown = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    return f"{shown}\n{_reproduction(version, run)}"
+
+
+def _reproduction(version: ModelVersion, run: Run) -> str:
+    """Return the shell commands that make a version's weights again, in a clone beside the main checkout."""
+    commit, _, dirty = run.data.tags.get(COMMIT, "").partition("-")
+    clone = f"../gpt2-{version.tags[MODEL_SHA256][:8]}"
+    lines = [
+        "# To make it again, on the same machine:",
+        f"git clone --quiet . {clone}",
+        f"git -C {clone} checkout --quiet {commit}",
+        f"mlflow artifacts download --artifact-uri runs:/{run.info.run_id}/config/params.yaml --dst-path {clone}",
+        *([f"cp -r data/raw {clone}/data/"] if "data/raw" in run.data.params["prepare.source"] else []),
+        f"cd {clone}",
+        "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt",
+        "dvc repro",
+        "sha256sum data/model/model.safetensors",
+    ]
+    if dirty:
+        lines.insert(1, f"# Not all of its code was committed; the library that it used is {_uri(version)}/code.")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _open_version(uri: str) -> Iterator[ModelVersion]:
+    """Open the store, and yield the version that a URI means. Raises UserError if there is none."""
     try:
         with tracking.open_store():
-            if uri.startswith("runs:/"):
-                uri = _version_of_run(uri)
-            return Path(mlflow.artifacts.download_artifacts(uri)).resolve() / "artifacts" / FOLDER
+            yield _version_at(mlflow.MlflowClient(), uri)
     except tracking.STORE_ERRORS as error:
         message = str(error).splitlines()[0]
         raise UserError(f"no model at {uri} ({message}); train and register one with `dvc repro`") from None
 
 
-def _version_of_run(uri: str) -> str:
-    """Return the URI of the version that has the run's weights; equal weights of several runs are stored once."""
-    client = mlflow.MlflowClient()
-    run = client.get_run(uri.removeprefix("runs:/").split("/")[0])
-    version = _find_version(client, run.data.tags.get(MODEL_SHA256, ""))
-    return f"models:/{version.name}/{version.version}" if version else uri
+def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:
+    if uri.startswith("runs:/"):  # equal weights of several runs are stored once
+        run = client.get_run(uri.removeprefix("runs:/").split("/")[0])
+        version = _find_version(client, run.data.tags.get(MODEL_SHA256, ""))
+        if version is None:
+            raise MlflowException("this run has registered none")
+        return version
+    match get_model_name_and_version(client, uri):
+        case [name, number]:
+            version = client.get_model_version(name, number)
+        case _:
+            raise MlflowException("give a version or an alias, e.g. models:/gpt2/1 or models:/gpt2@champion")
+    if MODEL_SHA256 not in version.tags:
+        raise MlflowException("another program has registered it")
+    return version
 
 
 def _find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | None = None) -> ModelVersion | None:
     conditions = [f"tags.`{MODEL_SHA256}` = '{model_sha256}'", *([f"name = '{name}'"] if name else [])]
     found = client.search_model_versions(" and ".join(conditions))
     return found[0] if found else None
+
+
+def _uri(version: ModelVersion) -> str:
+    return f"models:/{version.name}/{version.version}"

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import sqlite3
 import sys
 import time
@@ -22,6 +23,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
 import pandas as pd
+import torch
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
@@ -52,7 +54,7 @@ LogMetrics = Callable[[int, dict[str, float]], None]
 
 TRAIN_KEY, RUN_KEY, RESULTS_KEY = "gpt2.train_key", "gpt2.run_key", "gpt2.results_key"
 MODEL_SHA256 = "gpt2.model_sha256"
-EXPERIMENT_NAME = "dvc.experiment"
+EXPERIMENT_NAME, COMMIT, ENVIRONMENT = "dvc.experiment", "mlflow.source.git.commit", "gpt2.environment"
 
 
 @contextlib.contextmanager
@@ -245,7 +247,9 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
     if name:
         tags[EXPERIMENT_NAME] = name
     if commit := git_commit():
-        tags["mlflow.source.git.commit"] = commit
+        tags[COMMIT] = commit
+    if results is None:
+        tags[ENVIRONMENT] = _environment()
 
     def fits(run: Run) -> bool:
         same_experiment = run.data.tags.get(EXPERIMENT_NAME) == name
@@ -270,6 +274,12 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
             except KeyboardInterrupt:
                 mlflow.end_run("KILLED")
                 raise
+
+
+def _environment() -> str:
+    """Return what a training's bytes depend on beside its inputs, in words."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    return f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}, {device}"
 
 
 def _shown_params(params: Params) -> dict[str, str]:
