@@ -3,15 +3,19 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt2.cli import UserError
 from gpt2.config import ModelParams
 from gpt2.model import GPT2Model
 from gpt2.weights import load_model, read_config, save_model
@@ -117,6 +121,37 @@ def lying_header(data: bytes, **changes: Any) -> bytes:
 def test_broken_weights_are_refused(saved: Path, error_line: ErrorLine, damage: Callable[[bytes], bytes]) -> None:
     rewrite(saved, damage((saved / "model.safetensors").read_bytes()))
     assert "is not a safetensors file" in error_line(lambda: load_model(saved))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+)
+
+
+@pytest.fixture(scope="module")
+def saved_once(
+    tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel, make_model_params: MakeModelParams
+) -> tuple[Path, bytes]:
+    folder = tmp_path_factory.mktemp("saved")
+    save_model(make_model(random=True), make_model_params(), 61, folder)
+    return folder, (folder / "model.safetensors").read_bytes()
+
+
+@given(position=st.integers(0, 3000), junk=st.binary(min_size=1, max_size=30))
+def test_any_damage_to_the_header_is_refused_or_harmless(
+    saved_once: tuple[Path, bytes], position: int, junk: bytes
+) -> None:
+    folder, data = saved_once
+    with suppress(UserError):
+        load_model(rewrite(folder, data[:position] + junk + data[position + len(junk) :]))
+
+
+@given(key=st.sampled_from(["shape", "data_offsets", "dtype"]), value=JSON)
+def test_any_lie_in_the_header_is_refused(saved_once: tuple[Path, bytes], key: str, value: Any) -> None:
+    folder, data = saved_once
+    with pytest.raises(UserError):
+        load_model(rewrite(folder, lying_header(data, **{key: value})))
 
 
 def test_weights_of_another_shape_are_refused(saved: Path, error_line: ErrorLine) -> None:
