@@ -177,12 +177,18 @@ def digests(checkout: Path) -> dict[str, str]:
     return {file.relative_to(checkout).as_posix(): sha256_of(file) for file in files if file.name != ".gitignore"}
 
 
-def wait_for(find: Callable[[], Any]) -> Any:
+def wait_for(find: Callable[[], Any], process: psutil.Process | None = None) -> None:
+    """Wait until something is found, or the process has ended that might have brought it."""
     deadline = time.monotonic() + 120
-    while not (found := find()):
+    while not find() and (process is None or is_alive(process)):
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    return found
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def stages_run(output: str) -> list[str]:
@@ -338,7 +344,7 @@ if sys.orig_argv[-1] == "src/train.py":
 def test_killed_at_any_moment_equals_unbroken(
     checkout: Path, environment: dict[str, str], tmp_path: Path, reproduced: object
 ) -> None:
-    max_steps, interval = 60, 3
+    max_steps, interval = 120, 3
     unbroken, killed = (
         clone(checkout, tmp_path / name / "gpt2", max_steps=max_steps, checkpoint_interval=interval)
         for name in ("unbroken", "killed")
@@ -372,37 +378,44 @@ def test_killed_at_any_moment_equals_unbroken(
         started = {process: i for i, (process, _) in reversed(list(enumerate(seeds)))}  # seeded for the first weights
         return [int(seed) - 1234 for i, (process, seed) in enumerate(seeds) if started[process] != i]
 
-    def wait_for_steps(more: int) -> None:
+    def wait_for_steps(more: int, process: psutil.Process) -> None:
         begun = len(steps())
-        wait_for(lambda: len(steps()) >= begun + more)
+        wait_for(lambda: len(steps()) >= begun + more, process)
 
-    kills, random = 0, Random(0)
-    for stage in ["prepare", *["train"] * 8, "evaluate", "sample", *["register"] * 3]:
+    random = Random(0)
+
+    def strike(stage: str) -> bool:
+        """Run the pipeline and kill it somewhere in a stage; return whether the stage's script still ran then."""
         dvc, process = start(stage)
         if process is None:
-            continue  # it had ended just before it was killed
+            return False  # the stage had ended just before it was killed the last time
         if stage == "train":
-            wait_for_steps(random.randint(1, 2 * interval))
-            if random.random() < 0.5:
-                wait_for(lambda: list(killed.glob(".cache/train/*/partial")))  # a checkpoint is being written
+            wait_for_steps(random.randint(1, 2 * interval), process)
+            if random.random() < 0.5:  # while a checkpoint is being written
+                wait_for(lambda: list(killed.glob(".cache/train/*/partial")), process)
         with contextlib.suppress(psutil.TimeoutExpired):
             process.wait(random.uniform(0, 0.05 if stage == "train" else 3))
+        running = is_alive(process)
         kill(*random.choice([[process], [dvc, *dvc.children(recursive=True)]]))
         dvc.wait(60)
-        kills += 1
-        if kills == 5:  # dvc alone is killed: the training that it leaves is waited for by the next one
-            dvc, orphan = start("train")
-            wait_for_steps(1)
-            kill(dvc)
-            assert orphan
-            orphan.suspend()
-            dvc, waiting = start("train")
-            wait_for(lambda: "waiting for it" in output.read_text())
-            kill(orphan)
-            wait_for_steps(1)
-            kill(waiting)
-            dvc.wait(60)
-    assert kills >= 10
+        return running
+
+    kills = [strike("prepare")]
+    # Only dvc is killed: the next one waits for the training that is left, and goes on when that too has died.
+    dvc, orphan = start("train")
+    assert orphan
+    wait_for_steps(1, orphan)
+    kill(dvc)
+    orphan.suspend()
+    dvc, waiting = start("train")
+    assert waiting
+    wait_for(lambda: "waiting for it" in output.read_text(), waiting)
+    kill(orphan)
+    wait_for_steps(1, waiting)
+    kill(waiting)
+    dvc.wait(60)
+    kills += [strike(stage) for stage in [*["train"] * 8, "evaluate", "sample", *["register"] * 3]]
+    assert sum(kills) >= 10
     subprocess.run(["dvc", "repro", "--quiet"], cwd=killed, env=noting, check=True)
 
     repeated = [last - following + 1 for last, following in pairwise(steps()) if following != last + 1]
