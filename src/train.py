@@ -1,19 +1,16 @@
 """Stage train: a GPT-2 learns the training split; its weights go to data/model, its curves to data/plots."""
 
-import torch
-
 from gpt2 import tracking
 from gpt2.batches import load_tokens
 from gpt2.checkpoints import Checkpoints
 from gpt2.cli import run_command
-from gpt2.config import Params, load_params
+from gpt2.config import load_params
 from gpt2.curves import write_curves
 from gpt2.files import read_json, write_json
 from gpt2.lineage import train_key
-from gpt2.model import GPT2Model
 from gpt2.project import METRICS, MODEL, PARAMS, PLOTS, TOKENS, training_state
-from gpt2.runtime import check_memory, choose_device, keep_freed_memory, use_threads
-from gpt2.training import train
+from gpt2.runtime import keep_freed_memory, use_threads
+from gpt2.training import build_model, train
 from gpt2.weights import save_model
 
 
@@ -22,7 +19,7 @@ def main() -> None:
     use_threads(params.train.threads)
     keep_freed_memory()
     vocab_size = read_json(TOKENS / "meta.json")["vocab_size"]
-    model = build_model(params, vocab_size)
+    model = build_model(params.model, params.train, vocab_size)
     print(f"{model.count_parameters():,} parameters", flush=True)
     checkpoints = Checkpoints(training_state(train_key(params)))
     history: list[tuple[int, dict[str, float]]] = []
@@ -41,23 +38,6 @@ def main() -> None:
         write_json(METRICS / "train.json", metrics)
     # The checkpoints stay until register has run: DVC may be killed before it has taken note of these results.
     print(f"val loss {metrics['val_loss']:.4f}, perplexity {metrics['val_perplexity']:.2f}; weights {digest[:12]}")
-
-
-def build_model(params: Params, vocab_size: int) -> GPT2Model:
-    """Return the model before its first step. Raises UserError if it cannot fit into memory."""
-    shape = {"vocab_size": vocab_size, **params.model.model_dump()}
-    with torch.device("meta"):
-        parameters = GPT2Model(**shape).count_parameters()
-    tokens, micro_batch_tokens = (
-        sequences * params.train.sequence_length
-        for sequences in (params.train.batch_size, params.train.micro_batch_size)
-    )
-    weights_bytes = parameters * 4 * 3  # with gradients and the least that an optimizer keeps
-    activations_bytes = micro_batch_tokens * params.model.d_model * params.model.n_layers * 4
-    needed_bytes = weights_bytes + activations_bytes + tokens * 8 * 2
-    check_memory(needed_bytes, choose_device(params.train.device))
-    torch.manual_seed(params.train.seed)
-    return GPT2Model(**shape)
 
 
 if __name__ == "__main__":

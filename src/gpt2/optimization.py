@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from gpt2.config import TrainParams
+from gpt2.muon import Muon
 
 BETAS = (0.9, 0.95)  # Brown et al. 2020, appendix B
 
@@ -21,12 +22,13 @@ def learning_rate_at(step: int, params: TrainParams) -> float:
     return params.learning_rate * min(1.0, warmup, decay)
 
 
-def build_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, name: str, weight_decay: float, precision: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
     """Return the optimizers which together hold every parameter once; set each group's "lr" before a step.
 
-    "muon" (Jordan et al. 2024) moves the blocks' matrices, with updates scaled to AdamW's size (Liu et al. 2025,
-    section 2.2), so that one learning rate serves both; all else is AdamW's (Loshchilov & Hutter 2019). Only
-    matrices decay; embeddings, norms and biases do not.
+    "muon" moves the blocks' matrices, with products in `precision`; all else is AdamW's (Loshchilov & Hutter 2019).
+    Only matrices decay; embeddings, norms and biases do not.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices, decayed, kept = [], [], []
@@ -40,7 +42,7 @@ def build_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[t
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=BETAS, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, weight_decay, precision))
     return optimizers
 
 

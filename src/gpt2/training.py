@@ -16,13 +16,26 @@ from tqdm import tqdm
 from gpt2.batches import Tokens, TrainingBatches, validation_batches
 from gpt2.checkpoints import Checkpoints
 from gpt2.cli import Stopped, UserError, stop_requests
-from gpt2.config import TrainParams
+from gpt2.config import ModelParams, TrainParams
 from gpt2.loss import linear_cross_entropy, perplexity
 from gpt2.model import GPT2Model
 from gpt2.optimization import build_optimizers, learning_rate_at, set_learning_rate
-from gpt2.runtime import autocast, choose_device, choose_precision, peak_memory_bytes
+from gpt2.runtime import autocast, check_memory, choose_device, choose_precision, peak_memory_bytes
 
 LogMetrics = Callable[[int, dict[str, float]], None]
+
+
+def build_model(shape: ModelParams, params: TrainParams, vocab_size: int) -> GPT2Model:
+    """Return the model before its first step. Raises UserError if its training cannot fit into memory."""
+    with torch.device("meta"):
+        parameters = GPT2Model(vocab_size=vocab_size, **shape.model_dump()).count_parameters()
+    weights_bytes = parameters * 4 * 3  # with gradients and the least that an optimizer keeps
+    micro_batch_tokens = params.micro_batch_size * params.sequence_length
+    activations_bytes = micro_batch_tokens * shape.d_model * shape.n_layers * 4
+    batch_bytes = params.batch_size * params.sequence_length * 8 * 2
+    check_memory(weights_bytes + activations_bytes + batch_bytes, choose_device(params.device))
+    torch.manual_seed(params.seed)
+    return GPT2Model(vocab_size=vocab_size, **shape.model_dump())
 
 
 def train(
@@ -46,7 +59,7 @@ def train(
     device = choose_device(params.device)
     precision = choose_precision(params.precision, device)
     batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
-    optimizers = build_optimizers(model.to(device), params.optimizer, params.weight_decay)
+    optimizers = build_optimizers(model.to(device), params.optimizer, params.weight_decay, precision)
     meter = Meter(batch_tokens=params.batch_size * params.sequence_length)
     history: list[tuple[int, dict[str, float]]] = []
 

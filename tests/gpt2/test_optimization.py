@@ -5,6 +5,7 @@ import torch
 
 from gpt2.config import TrainParams
 from gpt2.model import GPT2Model
+from gpt2.muon import Muon
 from gpt2.optimization import build_optimizers, learning_rate_at, set_learning_rate
 
 MakeModel = Callable[..., GPT2Model]
@@ -35,7 +36,7 @@ def test_only_matrices_that_are_no_embeddings_decay(make_model: MakeModel, name:
 def test_muon_moves_the_matrices_of_the_blocks(make_model: MakeModel) -> None:
     model = make_model()
     _, muon = build_optimizers(model, "muon", 0.1)
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, Muon)
     matrices = {id(one) for block in model.transformer_blocks for one in block.parameters() if one.dim() == 2}
     assert {id(parameter) for group in muon.param_groups for parameter in group["params"]} == matrices
     assert all(type(one) is torch.optim.AdamW for one in build_optimizers(model, "adamw", 0.1))
