@@ -45,6 +45,10 @@ def main() -> None:
         check_prompt(arguments.prompt)
 
     model, config = load_model(find_model(arguments.model))
+    if config.vocab_size != tokenizer.VOCAB_SIZE:
+        raise UserError(
+            f"{arguments.model} has a vocabulary of {config.vocab_size}, not GPT-2's {tokenizer.VOCAB_SIZE}"
+        )
     model.to(device)
     inform(describe(model, config, arguments.model, str(device)))
     if arguments.prompt is not None:
@@ -80,7 +84,7 @@ def change(settings: AnySettings, texts: dict[str, str]) -> AnySettings:
     for name, text in texts.items():
         try:
             values[name] = None if text.lower() in ("none", "off") else yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
+        except Exception:  # YAML's tags and depths make PyYAML fail in ways of their own
             values[name] = text
     return check(type(settings), values, "settings")
 

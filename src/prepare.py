@@ -12,7 +12,8 @@ from gpt2.token_files import write_token_files
 
 def main() -> None:
     params = load_params(PARAMS).prepare
-    if params.source != "sotu" and Path(params.source).parts[:2] != ("data", "raw"):
+    parts = Path(params.source).parts
+    if params.source != "sotu" and (parts[:2] != ("data", "raw") or ".." in parts):
         raise UserError(f"prepare.source {params.source} is neither sotu nor below data/raw, where DVC sees changes")
     documents = read_corpus(params.source, [ROOT, main_root()])
     with replacing(TOKENS) as folder:

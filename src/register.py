@@ -1,6 +1,6 @@
 """Stage register: the run is completed in MLflow, the weights become a version, the best version the champion.
 
-With --show or --verify it changes nothing, and tells where a registered model came from.
+With --show or --verify it registers nothing, and tells where a registered model came from.
 """
 
 from gpt2.checkpoints import Checkpoints
@@ -24,11 +24,11 @@ def main() -> None:
     ):
         parser.add_argument(name, nargs="?", const=champion, metavar="URI", help=f"{about} (default: {champion})")
     arguments = parser.parse_args()
-    if arguments.show:
+    if arguments.show is not None:
         print(describe(arguments.show))
-    if arguments.verify:
+    if arguments.verify is not None:
         print(verify(arguments.verify))
-    if not (arguments.show or arguments.verify):
+    if arguments.show is None and arguments.verify is None:
         register_results(params)
 
 

@@ -1,5 +1,7 @@
 """Stage sample: the trained model continues every prompt under every setting, as a table and as a page to read."""
 
+import csv
+
 import pandas as pd
 
 from gpt2 import tokenizer
@@ -18,7 +20,8 @@ def main() -> None:
     use_threads(params.train.threads)
     model, _ = load_model(MODEL)
     table = sample(model.to(choose_device(params.train.device)), params.sample)
-    write_text(SAMPLES / "samples.csv", table.to_csv(index=False, lineterminator="\n"))
+    # Texts may hold a \r, for which pandas sees no need to quote.
+    write_text(SAMPLES / "samples.csv", table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC))
     write_text(SAMPLES / "samples.md", page(table))
     print(f"{len(table)} samples in data/samples")
 

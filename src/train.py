@@ -6,9 +6,9 @@ from gpt2.checkpoints import Checkpoints
 from gpt2.cli import run_command
 from gpt2.config import load_params
 from gpt2.curves import write_curves
-from gpt2.files import read_json, write_json
+from gpt2.files import exclusive, read_json, write_json
 from gpt2.lineage import train_key
-from gpt2.project import METRICS, MODEL, PARAMS, PLOTS, TOKENS, training_state
+from gpt2.project import CHECKOUT_LOCK, METRICS, MODEL, PARAMS, PLOTS, TOKENS, training_state
 from gpt2.runtime import keep_freed_memory, use_threads
 from gpt2.training import build_model, train
 from gpt2.weights import save_model
@@ -21,18 +21,13 @@ def main() -> None:
     vocab_size = read_json(TOKENS / "meta.json")["vocab_size"]
     model = build_model(params.model, params.train, vocab_size)
     print(f"{model.count_parameters():,} parameters", flush=True)
+    train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
     checkpoints = Checkpoints(training_state(train_key(params)))
-    history: list[tuple[int, dict[str, float]]] = []
 
-    with checkpoints.locked():
-        with tracking.training_run(params) as log_to_mlflow:
-
-            def log_metrics(step: int, metrics: dict[str, float]) -> None:
-                history.append((step, metrics))
-                log_to_mlflow(step, metrics)
-
-            train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
-            metrics = train(model, train_tokens, val_tokens, params.train, checkpoints, log_metrics)
+    # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
+    with exclusive(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
+        with tracking.training_run(params) as log_metrics:
+            metrics, history = train(model, train_tokens, val_tokens, params.train, checkpoints, log_metrics)
         digest = save_model(model, params.model, vocab_size, MODEL)
         write_curves(history, PLOTS)
         write_json(METRICS / "train.json", metrics)

@@ -81,6 +81,9 @@ def test_a_prompt_beyond_the_context_is_cut_and_said(run_infer: Infer) -> None:
         (["-p", "a", "--temperature", "-1", "--top_k", "many"], "temperature should be"),
         (["-p", "a", "--temperature", "-1", "--top_k", "many"], "top_k should be"),
         (["-p", "a", "--top_p", "1.5"], "top_p should be"),
+        (["-p", "a", "--seed", "!!bool maybe"], "seed should be"),
+        (["-p", "a", "--seed", "!!timestamp noon"], "seed should be"),
+        (["-p", "a", "--seed", "[" * 5000], "seed should be"),
         (["-p", "a", "--max_tokens", "0"], "max_tokens should be"),
         (["-p", "a", "--tempereture", "1"], "--tempereture"),
         (["-p", "a", "--model", "absent"], "absent does not exist"),
@@ -90,6 +93,18 @@ def test_mistakes_are_one_line(run_infer: Infer, arguments: list[str], message: 
     code, text, report = run_infer(*arguments)
     assert code == 2 and text == ""
     assert report.startswith("error: ") and message in report and len(report.splitlines()) == 1
+
+
+def test_a_model_of_another_vocabulary_is_refused(
+    run_infer: Infer,
+    tmp_path: Path,
+    make_model: Callable[..., GPT2Model],
+    make_model_params: Callable[..., ModelParams],
+) -> None:
+    save_model(make_model(vocab_size=61), make_model_params(), 61, tmp_path)
+    code, text, report = run_infer("-p", "a", "--model", str(tmp_path))
+    assert (code, text) == (2, "")
+    assert report == f"error: {tmp_path} has a vocabulary of 61, not GPT-2's 50257\n"
 
 
 def test_session(run_infer: Infer) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +46,7 @@ TINY = {
 }
 
 pytestmark = pytest.mark.slow
+PORT = 52431  # of the tracking server, which must come back at the same one
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -111,16 +113,21 @@ def reproduced(checkout: Path, shell: Shell) -> subprocess.CompletedProcess[str]
     return shell("dvc repro")
 
 
-def runs_by_name(checkout: Path) -> dict[str, Run]:
-    client = mlflow.MlflowClient(f"sqlite:///{checkout / 'mlflow.db'}")
+def client_of(checkout: Path, server: str | None = None) -> mlflow.MlflowClient:
+    """A client of the checkout's own store, or of a server."""
+    return mlflow.MlflowClient(server or f"sqlite:///{checkout / 'mlflow.db'}")
+
+
+def runs_by_name(checkout: Path, server: str | None = None) -> dict[str, Run]:
+    client = client_of(checkout, server)
     experiment = client.get_experiment_by_name("gpt2")
     assert experiment is not None
     return {str(run.info.run_name): run for run in client.search_runs([experiment.experiment_id])}
 
 
-def assert_complete(checkout: Path, run: Run, max_steps: int) -> None:
+def assert_complete(checkout: Path, run: Run, max_steps: int, server: str | None = None) -> None:
     """What every run must show, whether it was logged live or rebuilt from files."""
-    client = mlflow.MlflowClient(f"sqlite:///{checkout / 'mlflow.db'}")
+    client = client_of(checkout, server)
     run_id = run.info.run_id
     assert run.info.status == "FINISHED"
     assert run.data.params["train.max_steps"] == str(max_steps)
@@ -131,7 +138,7 @@ def assert_complete(checkout: Path, run: Run, max_steps: int) -> None:
         assert steps and max(steps) == max_steps and len(steps) == len(set(steps)), name
     assert {"test/perplexity", "test/bits_per_byte"} <= set(run.data.metrics)
     assert run.inputs and [one.dataset.name for one in run.inputs.dataset_inputs] == ["data/raw/poems.txt"]
-    assert str(run.info.artifact_uri).startswith("mlartifacts/")
+    assert str(run.info.artifact_uri).startswith("mlflow-artifacts:/" if server else "mlartifacts/")
     with contextlib.chdir(checkout):
         artifacts = {
             item.path for folder in ("config", "samples", "plots") for item in client.list_artifacts(run_id, folder)
@@ -302,6 +309,30 @@ def test_a_lost_store_is_rebuilt_without_training(checkout: Path, shell: Shell, 
     assert_complete(checkout, run, max_steps=6)
 
 
+# Kills a training, which seeds dropout with 1234 plus the number of steps done.
+DIE_AT_STEP_4 = """
+import os, signal, sys
+if sys.orig_argv[-1] == "src/train.py":
+    import torch
+    manual_seed = torch.manual_seed
+    torch.manual_seed = lambda seed: os.kill(os.getpid(), signal.SIGKILL) if seed == 1237 else manual_seed(seed)
+"""
+
+
+def test_a_clone_that_pulls_the_results_trains_nothing(
+    checkout: Path, shell: Shell, tmp_path: Path, reproduced: object
+) -> None:
+    shell("git add -A && git commit -q --allow-empty -m results")
+    pulled = clone(checkout, tmp_path / "gpt2")
+    for folder in (checkout, pulled):
+        shell(f"cd {folder} && dvc remote add -q --local --default shelf {tmp_path / 'shelf'}")
+    shell(f"dvc push && dvc remote remove --local shelf && cd {pulled} && dvc pull")
+    assert stages_run(shell(f"cd {pulled} && dvc repro").stdout) == ["register"]
+    (run,) = runs_by_name(pulled).values()
+    assert_complete(pulled, run, max_steps=6)
+    assert digests(pulled) == digests(checkout)
+
+
 def test_experiments_leave_complete_runs_and_the_same_bytes(
     checkout: Path, shell: Shell, environment: dict[str, str], tmp_path: Path, reproduced: object
 ) -> None:
@@ -309,7 +340,10 @@ def test_experiments_leave_complete_runs_and_the_same_bytes(
     shell("dvc exp run -n here -S train.max_steps=4")
     assert re.search(r"train.max_steps +6 +4", shell("dvc params diff").stdout)
     shell("git checkout -q . && dvc checkout -q")
-    shell("dvc exp run --temp -n aside -S train.max_steps=5")
+    (tmp_path / "sitecustomize.py").write_text(DIE_AT_STEP_4)
+    aside = "dvc exp run --temp -n aside -S train.max_steps=5 -S train.checkpoint_interval=2"
+    shell(f"PYTHONPATH={tmp_path} {aside}", code=255)
+    assert "going on after step 2" in shell(aside).stdout
     for steps in (7, 8):
         shell(f"dvc exp run --queue -n queued-{steps} -S train.max_steps={steps}")
     run_queue(checkout, shell, environment)
@@ -327,7 +361,7 @@ def test_experiments_leave_complete_runs_and_the_same_bytes(
     assert runs["queued-8"].data.tags["gpt2.model_sha256"] == trained
 
 
-# Python runs this when it starts. In a training it notes each step, which begins with the seeding of dropout.
+# Python runs such a file when it starts. In a training, this one notes each step as it begins.
 NOTE_STEPS = """
 import os, sys
 if sys.orig_argv[-1] == "src/train.py":
@@ -425,6 +459,73 @@ def test_killed_at_any_moment_equals_unbroken(
     (run,) = runs_by_name(killed).values()
     assert_complete(killed, run, max_steps)
     assert not list((killed / ".cache/train").iterdir())
+
+
+@contextlib.contextmanager
+def tracking_server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
+    """An MLflow server whose store is in `folder`; yields its address, and kills it in the end."""
+    folder.mkdir(exist_ok=True)
+    address = f"127.0.0.1:{PORT}"
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(PORT), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", f"{folder}/artifacts"]
+    with (folder / "log").open("a") as log:
+        server = psutil.Popen(
+            [*command, *stores],
+            env=environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        wait_for(lambda: answers(f"http://{address}/health"), server)
+        yield f"http://{address}"
+    finally:
+        for process in (*server.children(recursive=True), server):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        server.wait(60)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        time.sleep(0.1)
+        return False
+
+
+def test_a_server_that_dies_costs_no_step(
+    checkout: Path, environment: dict[str, str], tmp_path: Path, reproduced: object
+) -> None:
+    max_steps = 400
+    folder = clone(checkout, tmp_path / "gpt2", max_steps=max_steps, log_interval=1)
+
+    def repro(server: str) -> subprocess.Popen[str]:
+        variables = environment | {"MLFLOW_TRACKING_URI": server}
+        return subprocess.Popen(["dvc", "repro"], cwd=folder, env=variables, stdout=-1, stderr=-1, text=True)
+
+    def has_points(server: str) -> bool:
+        with contextlib.suppress(AssertionError):  # no experiment yet
+            return any("train/loss" in run.data.metrics for run in runs_by_name(folder, server).values())
+        return False
+
+    with tracking_server(tmp_path / "server", environment) as server:
+        deserted = repro(server)
+        wait_for(lambda: has_points(server))
+    output, errors = deserted.communicate(timeout=300)
+    assert stages_run(output) == list(STAGES) and deserted.returncode == 255
+    assert "warning: MLflow's store fails, so training goes on without it" in errors
+    assert len(re.findall("^error: MLflow's store fails .* run `dvc repro` again", errors, flags=re.MULTILINE)) == 1
+    before = digests(folder)
+
+    with tracking_server(tmp_path / "server", environment) as server:
+        completing = repro(server)
+        output, errors = completing.communicate(timeout=300)
+        assert stages_run(output) == ["register"] and completing.returncode == 0, errors
+        (run,) = runs_by_name(folder, server).values()
+        assert_complete(folder, run, max_steps, server)
+    assert digests(folder) == before
+    assert not (folder / "mlflow.db").exists()
 
 
 def test_wrong_params_stop_everything_with_one_line(checkout: Path, shell: Shell) -> None:

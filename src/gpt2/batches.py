@@ -56,7 +56,7 @@ class TrainingBatches:
 def validation_batches(
     tokens: Tokens, batch_size: int, sequence_length: int, max_windows: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and targets (B, T) of windows side by side, or of `max_windows` of them evenly spread.
+    """Return batches of inputs and targets (B, T) of windows side by side, or of `max_windows` evenly spread.
 
     Raises UserError if the split is too short for one window.
     """
@@ -65,8 +65,8 @@ def validation_batches(
         raise UserError(f"the val split has {len(tokens)} tokens, too few for a window of {sequence_length}")
     chosen = min(windows, max_windows or windows)
     starts = [windows * i // chosen * sequence_length for i in range(chosen)]
-    for i in range(0, chosen, batch_size):
-        yield stack_windows(tokens, starts[i : i + batch_size], sequence_length)
+    groups = (starts[i : i + batch_size] for i in range(0, chosen, batch_size))
+    return (stack_windows(tokens, group, sequence_length) for group in groups)
 
 
 def stack_windows(tokens: Tokens, starts: list[int], length: int) -> tuple[Tensor, Tensor]:

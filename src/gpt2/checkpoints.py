@@ -6,7 +6,7 @@ A state is one safetensors file: the model, the optimizers, and notes in JSON. I
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from gpt2.cli import UserError
-from gpt2.files import delete, publish, sha256_of
+from gpt2.files import delete, exclusive, publish, sha256_of
 from gpt2.weights import save_tensors
 
 KEPT = 2  # the newest may be found damaged
@@ -33,20 +33,11 @@ class Checkpoints:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold these states alone; says so and waits while another process does. Raises OSError."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = self._lock()
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            _inform(f"another process runs this very training ({self.folder.name[:12]}); waiting for it")
-            lock.acquire()
-        try:
+        with exclusive(self._lock, f"another process runs this very training ({self.folder.name[:12]})"):
             self.folder.mkdir(exist_ok=True)
             for unfinished in set(self.folder.iterdir()) - set(self._files()):
                 delete(unfinished)
             yield
-        finally:
-            lock.release()
 
     def save(self, step: int, model: nn.Module, optimizers: Optimizers, notes: dict[str, Any]) -> None:
         """Keep the state after `step` steps, with notes that JSON can hold, and drop all but the last two.
@@ -65,34 +56,36 @@ class Checkpoints:
             delete(old)
 
     def restore(self, model: nn.Module, optimizers: Optimizers) -> tuple[int, dict[str, Any]] | None:
-        """Load the newest whole state; return its step and notes, or None if there is none. Warns of damaged ones."""
+        """Load the newest whole state; return its step and notes, or None if there is none.
+
+        Damaged ones are deleted, with a warning, so that they do not take the place of good ones among those kept.
+        """
         for path in self._files():
             step, digest = path.stem.split("-")
             if _is_whole(path, digest):
                 _load(path, model, optimizers)
                 with safe_open(path, framework="pt") as file:
                     return int(step), json.loads(file.metadata()[NOTES])
-            _inform(f"warning: {path} is damaged and passed over")
+            print(f"warning: {path} is damaged; it is passed over and deleted", file=sys.stderr, flush=True)
+            delete(path)
         return None
 
     def last(self) -> str:
         """Say where the last state is."""
         files = self._files()
-        where = f"that of step {int(files[0].stem.split('-')[0])}, in {self.folder}" if files else "none yet"
-        return f"the last good state is {where}"
+        if not files:
+            return "no state has been saved yet"
+        return f"the last good state is that of step {int(files[0].stem.split('-')[0])}, in {self.folder}"
 
     def remove(self) -> None:
         """Delete all states, unless another process uses them."""
-        lock = self._lock()
-        try:
-            with lock.acquire(blocking=False):
-                delete(self.folder)
-                Path(lock.lock_file).unlink(missing_ok=True)
-        except Timeout:
-            pass
+        with suppress(Timeout), FileLock(self._lock, blocking=False):
+            delete(self.folder)
+            self._lock.unlink(missing_ok=True)
 
-    def _lock(self) -> FileLock:
-        return FileLock(self.folder.with_name(f"{self.folder.name}.lock"))
+    @property
+    def _lock(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.lock")
 
     def _files(self) -> list[Path]:
         """All states, the newest first."""
@@ -132,7 +125,3 @@ def _is_whole(path: Path, digest: str) -> bool:
         return sha256_of(path) == digest
     except UserError:
         return False
-
-
-def _inform(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

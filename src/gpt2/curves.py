@@ -1,15 +1,18 @@
 """The history of a training's metrics as CSV files, one a curve: what `dvc plots` shows and MLflow mirrors."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 from gpt2.files import write_text
 
 CURVES = ("train/loss", "train/learning_rate", "train/tokens_per_second", "val/loss")
 Points = list[tuple[int, float]]
+History = list[tuple[int, dict[str, float]]]  # step and metrics
+LogMetrics = Callable[[int, dict[str, float]], None]
 
 
-def write_curves(history: list[tuple[int, dict[str, float]]], folder: Path) -> None:
+def write_curves(history: History, folder: Path) -> None:
     """Write each curve of a history of (step, metrics), e.g. "val/loss" to folder/val_loss.csv."""
     for name in CURVES:
         column = name.split("/")[1]

@@ -1,13 +1,16 @@
-"""Files in a canonical form, so that equal results are equal bytes, and never half written."""
+"""Files in a canonical form, so that equal results are equal bytes, and never half written; locks on them."""
 
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from gpt2.cli import UserError
 
@@ -52,13 +55,43 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def publish(written: Path, path: Path) -> None:
-    """Give a file or folder its name, replacing what has that name, once its content is on the disk."""
-    for file in written.iterdir() if written.is_dir() else [written]:
+    """Give a file or folder its name, replacing what has that name, once its content is on the disk.
+
+    Raises OSError; what had the name before has it still then.
+    """
+    for file in [*(written.iterdir() if written.is_dir() else []), written]:
         _sync(file)
+    aside = path.with_name(f"{path.name}.old.partial")  # a folder cannot be replaced at once
+    delete(aside)
     if path.is_dir():
-        shutil.rmtree(path)  # a folder cannot be replaced at once
-    written.replace(path)
+        path.replace(aside)
+    try:
+        written.replace(path)
+    except BaseException:
+        if aside.exists():
+            aside.replace(path)
+        raise
     _sync(path.parent)
+    delete(aside)
+
+
+@contextmanager
+def exclusive(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file at `path` alone; says that it is `busy`, and waits, while another process does.
+
+    Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"{busy}; waiting for it", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sha256_of(path: Path) -> str:
@@ -70,16 +103,17 @@ def sha256_of(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def delete(path: Path) -> None:
+    """Delete a file or folder, if it is there. Raises OSError."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

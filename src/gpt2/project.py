@@ -11,6 +11,7 @@ MODEL = DATA / "model"
 METRICS = DATA / "metrics"
 PLOTS = DATA / "plots"
 SAMPLES = DATA / "samples"
+CHECKOUT_LOCK = ROOT / ".cache" / "train.lock"
 RECEIPT = ROOT / "mlartifacts" / "receipt.json"
 
 _EXPERIMENTS = Path(".dvc", "tmp", "exps")

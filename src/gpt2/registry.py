@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import yaml
@@ -121,10 +120,7 @@ def describe(uri: str) -> str:
         client = mlflow.MlflowClient()
         run = client.get_run(str(version.run_id))
         aliases = client.get_registered_model(version.name).aliases
-    params: dict[str, dict[str, Any]] = {}
-    for name, value in run.data.params.items():
-        section, key = name.split(".")
-        params.setdefault(section, {})[key] = yaml.safe_load(value)
+        params = yaml.safe_load(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/config/params.yaml"))
     assert run.inputs  # logged before a version is made
     loss, corpus = float(version.tags[TEST_LOSS]), run.inputs.dataset_inputs[0].dataset
     facts = {
@@ -141,10 +137,10 @@ def describe(uri: str) -> str:
         "params": params,
     }
     shown = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
-    return f"{shown}\n{_reproduction(version, run)}"
+    return f"{shown}\n{_reproduction(version, run, params['prepare']['source'])}"
 
 
-def _reproduction(version: ModelVersion, run: Run) -> str:
+def _reproduction(version: ModelVersion, run: Run, source: str) -> str:
     """Return the shell commands that make a version's weights again, in a clone beside the main checkout."""
     commit, _, dirty = run.data.tags.get(COMMIT, "").partition("-")
     clone = f"../gpt2-{version.tags[MODEL_SHA256][:8]}"
@@ -153,7 +149,7 @@ def _reproduction(version: ModelVersion, run: Run) -> str:
         f"git clone --quiet . {clone}",
         f"git -C {clone} checkout --quiet {commit}",
         f"mlflow artifacts download --artifact-uri runs:/{run.info.run_id}/config/params.yaml --dst-path {clone}",
-        *([f"cp -r data/raw {clone}/data/"] if "data/raw" in run.data.params["prepare.source"] else []),
+        *([f"cp -r data/raw {clone}/data/"] if source.startswith("data/raw") else []),
         f"cd {clone}",
         "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt",
         "dvc repro",

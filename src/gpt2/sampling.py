@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gpt2.cli import UserError
 from gpt2.config import Count, Float, SamplingParams, Seed
 from gpt2.model import GPT2Model
 from gpt2.tokenizer import END_OF_TEXT_ID
@@ -43,10 +44,16 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator) -> int:
-    """Draw a token from logits (V,): the largest at temperature 0, else at random after top_k, then top_p."""
+    """Draw a token from logits (V,): the largest at temperature 0, else at random after top_k, then top_p.
+
+    Raises UserError if the largest is infinite or NaN.
+    """
+    largest = logits.max()
+    if not largest.isfinite():
+        raise UserError(f"the model's weights are ruined: a logit is {largest.item()}")
     if setting.temperature < GREEDY_BELOW:
         return int(logits.argmax())
-    logits = (logits.float() - logits.max()) / setting.temperature
+    logits = (logits.float() - largest) / setting.temperature
     if setting.top_k is not None:
         logits = keep_top_k(logits, setting.top_k)
     if setting.top_p is not None:
@@ -59,7 +66,7 @@ def generate(model: GPT2Model, prompt: list[int], max_tokens: int, setting: Samp
     """Yield up to max_tokens token ids that follow the prompt's; <|endoftext|> ends them and is not yielded.
 
     The model sees the last max_len tokens. The same arguments give the same tokens. Raises ValueError if the prompt
-    is empty.
+    is empty, UserError if the model gives logits that are not finite.
     """
     if not prompt:
         raise ValueError("the prompt is empty")

@@ -32,7 +32,7 @@ def write_token_files(
     with ExitStack() as stack:
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
         table = stack.enter_context((folder / "documents.csv").open("w", encoding="utf-8", newline=""))
-        rows = csv.writer(table, lineterminator="\n")
+        rows = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # names may hold a \r
         rows.writerow(["document", "split", "first_token", "tokens", "bytes", "sha256"])
         for document, split, found in zip(documents, splits, digests, strict=True):
             total, count = totals[split], 0

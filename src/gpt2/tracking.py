@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gpt2.cli import UserError
 from gpt2.config import Params, flatten
-from gpt2.curves import read_curves
+from gpt2.curves import LogMetrics, read_curves
 from gpt2.files import read_json, sha256_of
 from gpt2.lineage import git_commit, hash_of, run_key, train_key
 from gpt2.project import METRICS, PARAMS, PLOTS, RECEIPT, ROOT, SAMPLES, TOKENS, experiment_name, main_root
@@ -39,7 +40,8 @@ from gpt2.project import METRICS, PARAMS, PLOTS, RECEIPT, ROOT, SAMPLES, TOKENS,
 EXPERIMENT = "gpt2"
 FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
 BATCH_LIMIT = 1000  # points in one call, MLflow's own limit
-STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+# The last two: a database whose driver is not installed, and an address that is none.
+STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError, ValueError)
 SAMPLES_TABLE = "samples/samples.json"
 ARTIFACTS = "mlartifacts"  # in the main checkout
 PATH_COLUMNS = (  # where MLflow's database holds the paths of artifacts
@@ -49,8 +51,6 @@ PATH_COLUMNS = (  # where MLflow's database holds the paths of artifacts
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-
-LogMetrics = Callable[[int, dict[str, float]], None]
 
 TRAIN_KEY, RUN_KEY, RESULTS_KEY = "gpt2.train_key", "gpt2.run_key", "gpt2.results_key"
 MODEL_SHA256 = "gpt2.model_sha256"
@@ -70,48 +70,58 @@ def store_lock() -> Iterator[None]:
 def open_store() -> Iterator[str]:
     """Open the store, making it if need be, and yield the id of the experiment.
 
-    The store is the one that MLFLOW_TRACKING_URI names, else mlflow.db and mlartifacts/ in the main checkout. That one
+    The store is the one that MLFLOW_TRACKING_URI names, else mlflow.db in the main checkout. A database in the checkout
     holds relative paths, so that the checkout can be moved: the block runs in the main checkout's folder.
+    Raises one of STORE_ERRORS.
     """
     for chatty in ("alembic", "mlflow"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"mlflow\.")  # advice on schemas and input examples
     root = main_root()
-    database = root / "mlflow.db"
-    own = _sqlite(database)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or own  # MLflow itself sets the variable to what it uses
-    if uri.startswith("sqlite:///"):  # a relative one would lie in an experiment's folder, and be deleted with it
-        uri = _sqlite(root / uri.removeprefix("sqlite:///"))
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"  # MLflow sets the variable to what it uses
+    # A relative one would lie in an experiment's folder, and be deleted with it.
+    database = root / uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
     with contextlib.chdir(root):
         with store_lock():  # processes that make a database at once would break it
-            if uri == own and not database.exists():
+            if database:
                 _make_database(database)
+                uri = _sqlite(database)
             mlflow.set_tracking_uri(uri)
-            experiment_id = _open_experiment(database if uri == own else None)
+            experiment_id = _open_experiment(database)
         yield experiment_id
 
 
 def _make_database(database: Path) -> None:
-    """Make an empty store; a process that is killed meanwhile leaves none."""
-    partial = database.with_name(f"{database.name}.partial")
-    partial.unlink(missing_ok=True)
-    mlflow.set_tracking_uri(_sqlite(partial))
+    """Make an empty store if there is none; a process that is killed meanwhile leaves none."""
+    if database.exists():
+        return _check_database(database)
+    unfinished = database.with_name(f"{database.name}.partial")
+    unfinished.unlink(missing_ok=True)
+    _check_database(unfinished)
+    mlflow.set_tracking_uri(_sqlite(unfinished))
     mlflow.MlflowClient().search_experiments()
-    partial.replace(database)
+    unfinished.replace(database)
 
 
-def _open_experiment(own_database: Path | None) -> str:
-    """Return the experiment's id, making it if need be; the paths in our own database are made relative."""
+def _check_database(path: Path) -> None:
+    """Let SQLite say at once that it cannot read or write there; MLflow would try for minutes."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA schema_version")
+
+
+def _open_experiment(database: Path | None) -> str:
+    """Return the experiment's id, making it if need be; the paths in a database in the checkout are made relative."""
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         (main_root() / RECEIPT.relative_to(ROOT)).unlink(missing_ok=True)  # it spoke of another store
-        location = Path(ARTIFACTS).resolve().as_uri() if own_database else None
+        location = (database.parent / ARTIFACTS).as_uri() if database else None
         experiment = client.get_experiment(client.create_experiment(EXPERIMENT, artifact_location=location))
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
-    if own_database and experiment.artifact_location != ARTIFACTS:
-        _make_paths_relative(own_database, str(experiment.artifact_location))
+    is_inside = database and database.is_relative_to(main_root())
+    if database and is_inside and experiment.artifact_location != ARTIFACTS:
+        _make_paths_relative(database, str(experiment.artifact_location))
     return experiment.experiment_id
 
 
@@ -173,27 +183,32 @@ def training_run(params: Params) -> Iterator[LogMetrics]:
     run = contextlib.ExitStack()
     outcome: Any = (None, None, None)
 
-    def attempt(action: Callable[[Tracker], object]) -> None:
+    def attempt(action: Callable[[], Any]) -> None:
         nonlocal tracker
         try:
-            if tracker:
-                action(tracker)
-        except STORE_ERRORS as error:
+            action()
+        except Exception as error:  # also what a database's driver may raise
             _warn(error)
             tracker = None
 
-    try:
+    def open_run() -> None:
+        nonlocal tracker
         tracker = Tracker(run.enter_context(_open_run(params)))
-    except STORE_ERRORS as error:
-        _warn(error)
+
+    def log_metrics(step: int, metrics: dict[str, float]) -> None:
+        if tracker:
+            attempt(partial(tracker.log_metrics, step, metrics))
+
+    attempt(open_run)
     try:
-        yield lambda step, metrics: attempt(lambda tracker: tracker.log_metrics(step, metrics))
+        yield log_metrics
     except BaseException:
         outcome = sys.exc_info()
         raise
     finally:
-        attempt(Tracker.flush)
-        attempt(lambda _: run.__exit__(*outcome))
+        if tracker:
+            attempt(tracker.flush)
+        attempt(partial(run.__exit__, *outcome))  # the store may be back
 
 
 @contextlib.contextmanager
@@ -239,11 +254,13 @@ def _log_files(run: Run, source: str) -> None:
 def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
     """Open the latest run that fits, or a new one.
 
-    For a training (no results yet) that is a run of the same parameters and experiment that register has not completed.
+    For a training (no results yet) that is a run of the same parameters that register has not completed: of the same
+    experiment, or one that has not finished, and so is dead, since a training is run by one process at a time.
     With results it is one that has these or none; outside experiments, an experiment's finished run will do.
     """
     name, key = experiment_name(), train_key(params)
     tags = {TRAIN_KEY: key, RUN_KEY: run_key(params, key)}
+    run_name = name or f"repro-{tags[RUN_KEY][:8]}"
     if name:
         tags[EXPERIMENT_NAME] = name
     if commit := git_commit():
@@ -254,7 +271,7 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
     def fits(run: Run) -> bool:
         same_experiment = run.data.tags.get(EXPERIMENT_NAME) == name
         if results is None:
-            return same_experiment and RESULTS_KEY not in run.data.tags
+            return RESULTS_KEY not in run.data.tags and (same_experiment or run.info.status != "FINISHED")
         is_ours = same_experiment or (name is None and run.info.status == "FINISHED")
         return is_ours and run.data.tags.get(RESULTS_KEY, results) == results
 
@@ -264,10 +281,14 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
         with mlflow.start_run(
             run_id=found.info.run_id if found else None,
             experiment_id=experiment_id,
-            run_name=None if found else name or f"repro-{tags[RUN_KEY][:8]}",
+            run_name=None if found else run_name,
             tags=None if found else tags,
             log_system_metrics=results is None,
         ) as run:
+            if found and results is None:
+                mlflow.set_tags({**tags, "mlflow.runName": run_name})
+                if name is None and EXPERIMENT_NAME in found.data.tags:
+                    mlflow.delete_tag(EXPERIMENT_NAME)
             mlflow.log_params(_shown_params(params))
             try:
                 yield mlflow.get_run(run.info.run_id)

@@ -5,8 +5,9 @@ Shapes: B batch, T positions, V vocabulary.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,11 @@ from gpt2.batches import Tokens, TrainingBatches, validation_batches
 from gpt2.checkpoints import Checkpoints
 from gpt2.cli import Stopped, UserError, stop_requests
 from gpt2.config import ModelParams, TrainParams
+from gpt2.curves import History, LogMetrics
 from gpt2.loss import linear_cross_entropy, perplexity
 from gpt2.model import GPT2Model
 from gpt2.optimization import build_optimizers, learning_rate_at, set_learning_rate
 from gpt2.runtime import autocast, check_memory, choose_device, choose_precision, peak_memory_bytes
-
-LogMetrics = Callable[[int, dict[str, float]], None]
 
 
 def build_model(shape: ModelParams, params: TrainParams, vocab_size: int) -> GPT2Model:
@@ -45,8 +45,8 @@ def train(
     params: TrainParams,
     checkpoints: Checkpoints,
     log_metrics: LogMetrics,
-) -> dict[str, float]:
-    """Train `model` in place for params.max_steps optimizer steps and return the final metrics.
+) -> tuple[dict[str, float], History]:
+    """Train `model` in place for params.max_steps optimizer steps; return the final metrics and all that was logged.
 
     If there is a checkpoint, training goes on from it, and log_metrics first gets again what was logged before it.
     log_metrics(step, metrics) gets "train/..." every log_interval steps and "val/loss" every eval_interval steps, on
@@ -61,7 +61,9 @@ def train(
     batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
     optimizers = build_optimizers(model.to(device), params.optimizer, params.weight_decay, precision)
     meter = Meter(batch_tokens=params.batch_size * params.sequence_length)
-    history: list[tuple[int, dict[str, float]]] = []
+    history: History = []
+    val_batches = partial(validation_batches, val_tokens, params.micro_batch_size, params.sequence_length)
+    val_batches()  # raises now, not at the first validation
 
     def log(step: int, metrics: dict[str, float]) -> None:
         history.append((step, metrics))
@@ -69,8 +71,7 @@ def train(
 
     def validate(max_windows: int | None) -> float:
         with meter.paused(), autocast(device, precision):
-            windows = validation_batches(val_tokens, params.micro_batch_size, params.sequence_length, max_windows)
-            return mean_loss(model, windows, device)
+            return mean_loss(model, val_batches(max_windows), device)
 
     def check_finite(name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
@@ -146,7 +147,7 @@ def train(
                 raise Stopped(stopping, f"stopped after step {done}, which is saved: the same command goes on from it")
 
     final = {name: value for _, metrics in history for name, value in metrics.items()}
-    return {
+    metrics = {
         "train_loss": final["train/loss"],
         "val_loss": final["val/loss"],
         "val_perplexity": perplexity(final["val/loss"]),
@@ -157,6 +158,7 @@ def train(
         "peak_memory_bytes": max(earlier_peak_bytes, peak_memory_bytes(device)),
         "parameters": model.count_parameters(),
     }
+    return metrics, history
 
 
 def accumulate_gradients(

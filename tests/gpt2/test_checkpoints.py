@@ -69,7 +69,7 @@ def test_restored_training_goes_on_as_the_saved_one(tmp_path: Path, trained: Tra
 
 def test_last_two_states_are_kept(tmp_path: Path, trained: Train) -> None:
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.last() == "the last good state is none yet"
+    assert checkpoints.last() == "no state has been saved yet"
     for step in (1, 2, 10, 100):
         checkpoints.save(step, *trained(0), {})
     assert [path.name[:8] for path in sorted(tmp_path.iterdir())] == ["00000010", "00000100"]
@@ -104,13 +104,17 @@ def test_warning_names_the_damaged_state(two_states: Path, trained: Train, capsy
     path = newest(two_states)
     path.write_bytes(path.read_bytes()[:-1])
     Checkpoints(two_states).restore(*trained(0))
-    assert capsys.readouterr().err == f"warning: {path} is damaged and passed over\n"
+    assert capsys.readouterr().err == f"warning: {path} is damaged; it is passed over and deleted\n"
 
 
-def test_damaged_states_alone_are_none(two_states: Path, trained: Train) -> None:
+def test_damaged_states_do_not_take_the_place_of_good_ones(two_states: Path, trained: Train) -> None:
+    checkpoints = Checkpoints(two_states)
     for path in two_states.iterdir():
         path.write_bytes(b"")
-    assert Checkpoints(two_states).restore(*trained(0)) is None
+    assert checkpoints.restore(*trained(0)) is None
+    checkpoints.save(0, *trained(0), {"kept": True})  # a step below theirs
+    assert checkpoints.restore(*trained(0)) == (0, {"kept": True})
+    assert "the last good state is that of step 0" in checkpoints.last()
 
 
 def test_state_that_does_not_fit_on_the_disk_leaves_the_last(
@@ -148,7 +152,9 @@ def test_same_training_waits_and_says_so(tmp_path: Path, capsys: pytest.CaptureF
     with Checkpoints(tmp_path / "key").locked():
         with Checkpoints(tmp_path / "other").locked():  # another training does not wait
             thread.start()
+        deadline = time.monotonic() + 60
         while "another process runs this very training (key); waiting" not in capsys.readouterr().err:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         order.append("first")
     thread.join()

@@ -1,3 +1,4 @@
+import os
 import random
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +48,13 @@ def test_folder_gives_a_document_for_each_text_file(tmp_path: Path) -> None:
         "c.txt": "three\r",
         "deeper/d.txt": "four",
     }
+
+
+def test_names_that_are_not_utf8_are_shown_as_text(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / os.fsdecode(b"caf\xe9 %d.txt" % number)).write_text(str(number))
+    names = [document.name for document in read_corpus(str(tmp_path), [])]
+    assert names == [rf"caf\xe9 {number}.txt" for number in range(3)]
 
 
 def test_order_of_documents_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

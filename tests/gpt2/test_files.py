@@ -1,10 +1,18 @@
 import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from gpt2.files import read_json, replacing, sha256_of, write_json, write_text
+from gpt2 import files
+from gpt2.files import exclusive, read_json, replacing, sha256_of, write_json, write_text
 
 FullDisk = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -46,6 +54,67 @@ def test_what_a_killed_process_left_is_no_hindrance(tmp_path: Path) -> None:
     with replacing(path) as partial:
         make_folder(partial, "whole")
     assert (path / "file").read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, replace = tmp_path / "it", Path.replace
+
+    def fail(source: Path, target: Path) -> Path:
+        if source.name == "it.partial":
+            raise OSError("no space left")
+        return replace(source, target)
+
+    with replacing(path) as partial:
+        make_folder(partial, "old")
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no space left"), replacing(path) as partial:
+        make_folder(partial, "new")
+    assert (path / "file").read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+REPLACE_FOR_EVER = """
+import itertools, sys
+from pathlib import Path
+from gpt2.files import replacing
+for number in itertools.count():
+    with replacing(Path(sys.argv[1])) as partial:
+        partial.mkdir()
+        for name in ("a", "b"):
+            (partial / name).write_text(str(number) * 10_000)
+"""
+
+
+def test_killed_process_never_leaves_half_a_folder(tmp_path: Path) -> None:
+    path, random = tmp_path / "it", Random(0)
+    environment = os.environ | {"PYTHONPATH": str(Path(files.__file__).parents[1])}
+    for _ in range(10):
+        process = subprocess.Popen([sys.executable, "-c", REPLACE_FOR_EVER, str(path)], env=environment)
+        begun = time.monotonic()
+        while not path.exists():
+            assert process.poll() is None and time.monotonic() < begun + 60
+        time.sleep(random.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        if path.exists():  # the old one may be aside, and the new one not yet in its place
+            first, second = ((path / name).read_text() for name in ("a", "b"))
+            assert first == second and len(first) >= 10_000
+            shutil.rmtree(path)
+
+
+def test_lock_is_waited_for_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "lock"
+
+    def second() -> None:
+        with exclusive(path, "it is busy"):
+            pass
+
+    thread = threading.Thread(target=second)
+    with exclusive(path, "it is free"):
+        thread.start()
+        thread.join(1)
+        assert thread.is_alive()
+    thread.join(60)
+    assert not thread.is_alive() and capsys.readouterr().err == "it is busy; waiting for it\n"
 
 
 def make_file(path: Path, text: str) -> None:

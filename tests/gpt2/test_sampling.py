@@ -12,6 +12,7 @@ from gpt2.model import GPT2Model
 from gpt2.sampling import draw, generate, keep_top_k, keep_top_p
 from gpt2.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE
 
+ErrorLine = Callable[[Callable[[], object]], str]
 MakeModel = Callable[..., GPT2Model]
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 
@@ -34,6 +35,14 @@ def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
 
 def test_top_k_keeps_k_even_when_they_tie() -> None:
     assert len(kept(keep_top_k(torch.tensor([1.0, 1.0, 1.0, 0.0]), 2))) == 2
+
+
+@pytest.mark.parametrize("ruined", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(error_line: ErrorLine, ruined: float, temperature: float) -> None:
+    logits = torch.tensor([0.0, ruined, 1.0])
+    line = error_line(lambda: draw(logits, SamplingParams(temperature=temperature), torch.Generator()))
+    assert "the model's weights are ruined" in line
 
 
 @pytest.mark.parametrize(
@@ -62,8 +71,7 @@ def test_top_p_of_one_keeps_all(logits: Tensor) -> None:
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=20), st.floats(0.001, 0.999), st.integers(1, 25))
 def test_filters_always_keep_the_best(values: list[float], p: float, k: int) -> None:
     logits = torch.tensor(values)
-    assert keep_top_p(logits, p)[logits.argmax()].isfinite()
-    assert keep_top_k(logits, k)[logits.argmax()].isfinite()
+    assert keep_top_p(logits, p).max() == keep_top_k(logits, k).max() == logits.max()
 
 
 def draws(count: int, **setting: Any) -> list[int]:

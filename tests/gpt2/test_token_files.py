@@ -25,7 +25,7 @@ def make_documents(texts: list[str]) -> list[Document]:
     def pieces(text: str) -> Iterator[str]:
         return (text[at : at + 3] for at in range(0, len(text), 3))
 
-    return [Document(f'doc "{i}", ü', partial(pieces, text)) for i, text in enumerate(texts)]
+    return [Document(f'doc "{i}",\rü', partial(pieces, text)) for i, text in enumerate(texts)]
 
 
 def write(folder: Path, texts: list[str]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def test_meta_and_table_count_what_the_files_hold(tmp_path: Path) -> None:
     meta, rows = write(tmp_path / "tokens", TEXTS), read_rows(tmp_path / "tokens")
     assert json.loads((tmp_path / "tokens" / "meta.json").read_text(encoding="utf-8")) == meta
     assert (meta["source"], meta["tokenizer"], meta["vocab_size"]) == ("mine", "gpt2", 50257)
-    assert [row["document"] for row in rows] == [f'doc "{i}", ü' for i in range(12)]
+    assert [row["document"] for row in rows] == [f'doc "{i}",\rü' for i in range(12)]
     for split in SPLITS:
         data, told = (tmp_path / "tokens" / f"{split}.bin").read_bytes(), meta["splits"][split]
         mine = [row for row in rows if row["split"] == split]

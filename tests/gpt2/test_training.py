@@ -41,9 +41,9 @@ def run(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Pat
         history: History = []
         params = make_train_params(**{"max_steps": 6, "warmup_steps": 2} | changes)
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        metrics = train(
-            model, TOKENS, TOKENS[:90], params, checkpoints or Checkpoints(folder), lambda *point: history.append(point)
-        )
+        checkpoints = checkpoints or Checkpoints(folder)
+        metrics, returned = train(model, TOKENS, TOKENS[:90], params, checkpoints, lambda *point: history.append(point))
+        assert returned == history
         return model, metrics, history
 
     return run
@@ -178,7 +178,7 @@ def test_gradient_that_is_not_finite_ends_training(
     model = make_model()
     model.layer_norm.weight.register_hook(lambda gradient: gradient * math.inf)
     line = error_line(lambda: run(model))
-    assert "the gradient's norm is" in line and "at step 1" in line and "the last good state is none yet" in line
+    assert "the gradient's norm is" in line and "at step 1" in line and "no state has been saved yet" in line
 
 
 def test_bad_steps_are_left_out_if_they_may_be(
@@ -212,8 +212,11 @@ def test_too_short_split_is_refused(
     make_model: MakeModel, make_train_params: MakeTrainParams, error_line: ErrorLine, tmp_path: Path
 ) -> None:
     def train_on(train_count: int, val_count: int) -> None:
+        steps = itertools.count(1)
+        model = make_model()
+        model.register_forward_pre_hook(lambda *_: pytest.fail(f"step {next(steps)} was done"))
         params, checkpoints = make_train_params(max_steps=1), Checkpoints(tmp_path)
-        train(make_model(), TOKENS[:train_count], TOKENS[:val_count], params, checkpoints, lambda *_: None)
+        train(model, TOKENS[:train_count], TOKENS[:val_count], params, checkpoints, lambda *_: None)
 
     assert "the train split has 15 tokens" in error_line(lambda: train_on(15, 90))
     assert "the val split has 8 tokens" in error_line(lambda: train_on(90, 8))
