@@ -319,7 +319,7 @@ if sys.orig_argv[-1] == "src/train.py":
 """
 
 
-def test_a_clone_that_pulls_the_results_trains_nothing(
+def test_a_clone_that_pulls_the_results_trains_nothing_and_may_be_moved(
     checkout: Path, shell: Shell, tmp_path: Path, reproduced: object
 ) -> None:
     shell("git add -A && git commit -q --allow-empty -m results")
@@ -331,6 +331,13 @@ def test_a_clone_that_pulls_the_results_trains_nothing(
     (run,) = runs_by_name(pulled).values()
     assert_complete(pulled, run, max_steps=6)
     assert digests(pulled) == digests(checkout)
+
+    moved = pulled.rename(tmp_path / "elsewhere")
+    written = 'python src/infer.py --prompt "Roses number" --max_tokens 5 --seed 1'
+    assert shell(f"cd {moved} && {written}").stdout == shell(written).stdout
+    shell(f"cd {moved} && dvc exp run -n new -S train.max_steps=4")
+    assert_complete(moved, runs_by_name(moved)["new"], max_steps=4)
+    assert not pulled.exists()
 
 
 def test_experiments_leave_complete_runs_and_the_same_bytes(

@@ -106,11 +106,12 @@ def test_a_completed_run_is_not_continued(params: Params) -> None:
 
 
 @pytest.mark.parametrize("failing", ["search_runs", "log_batch", "set_terminated"])
+@pytest.mark.parametrize("error", [MlflowException("the disk is full"), ZeroDivisionError("a driver's own")])
 def test_a_store_that_fails_does_not_fail_the_training(
-    failing: str, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    failing: str, error: Exception, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise MlflowException("the disk is full")
+        raise error
 
     monkeypatch.setattr(mlflow.MlflowClient, failing, fail)
     trained = False
@@ -119,8 +120,59 @@ def test_a_store_that_fails_does_not_fail_the_training(
         trained = True
     assert trained
     assert "warning: MLflow's store fails" in capsys.readouterr().err
-    monkeypatch.undo()
-    mlflow.end_run()
+    assert mlflow.active_run() is None
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"), [(None, "FINISHED"), (ZeroDivisionError(), "FAILED"), (Stopped(15, "stopped"), "KILLED")]
+)
+def test_a_store_that_fails_for_a_while_shows_how_the_training_ended(
+    ending: BaseException | None, status: str, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", -1)
+    with contextlib.suppress(ZeroDivisionError, Stopped), training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+        with monkeypatch.context() as patch:
+            patch.delattr(mlflow.MlflowClient, "log_batch")
+            log_metrics(2, {"train/loss": 4.0})
+        if ending:
+            raise ending
+    (run,) = runs_of(params)
+    assert run.info.status == status and points(run, "train/loss") == [(1, 5.0)]
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql://127.0.0.1:1/none", "http://[bad", "gopher://a", "sqlite:///", "sqlite:////proc/none/here.db"]
+)
+def test_a_store_that_cannot_be_fails_no_training_and_takes_no_time(
+    uri: str, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    begun = time.monotonic()
+    with training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+    assert time.monotonic() < begun + 20
+    assert capsys.readouterr().err.startswith("warning: MLflow's store fails, so training goes on without it")
+
+
+def test_the_run_of_a_killed_experiment_goes_on_under_another_name(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC draws a new name whenever none is given; a run that has finished belongs to the experiment of its name."""
+    for name, status in (
+        ("brave-cat", "RUNNING"),
+        ("calm-dog", "FINISHED"),
+        ("wild-owl", "KILLED"),
+        (None, "FINISHED"),
+    ):
+        monkeypatch.setenv("DVC_EXP_NAME", name or "")
+        with training_run(params) as log_metrics:
+            log_metrics(1, {"train/loss": 5.0})
+        newest = runs_of(params)[0]
+        assert newest.data.tags.get("dvc.experiment") == name
+        assert newest.info.run_name == name or (name is None and str(newest.info.run_name).startswith("repro-"))
+        mlflow.MlflowClient().update_run(newest.info.run_id, status=status)
+    assert [run.info.run_name for run in runs_of(params)][1] == "calm-dog" and len(runs_of(params)) == 2
 
 
 def start(root: Path, script: str) -> subprocess.Popen[str]:
@@ -148,6 +200,10 @@ with tracking.open_store() as experiment_id, mlflow.start_run(experiment_id=expe
     mlflow.log_text("kept", "note.txt")
 print(run.info.run_id)
 """
+OTHER_DATABASE = """
+import os
+os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///tracking.db"
+"""
 # What `mlflow ui` does: nothing of this project, in the folder where it is called.
 READ = """
 import os
@@ -155,6 +211,18 @@ os.chdir({folder!r})
 mlflow.set_tracking_uri("sqlite:///mlflow.db")
 print(mlflow.artifacts.load_text("runs:/{run}/note.txt"))
 """
+
+
+@pytest.mark.slow
+def test_another_database_in_a_moved_checkout_is_used_where_it_is(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    output_of(start(old, OTHER_DATABASE + LOG))
+    assert (old / "tracking.db").exists() and not (old / "mlflow.db").exists()
+    old.rename(new)
+    after = output_of(start(new, OTHER_DATABASE + LOG))
+    assert (new / "mlartifacts" / after / "artifacts" / "note.txt").is_file()
+    assert not old.exists()
 
 
 @pytest.mark.slow
@@ -190,7 +258,7 @@ for _ in range(20):
     if child == 0:
         status = 1
         try:
-            time.sleep(start - time.time())
+            time.sleep(max(0, start - time.time()))
             with open_store() as experiment_id:
                 assert mlflow.MlflowClient().get_experiment_by_name("gpt2").experiment_id == experiment_id
             status = 0
@@ -209,6 +277,8 @@ def test_twenty_processes_open_a_missing_store_at_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_process_that_is_killed_while_it_makes_the_store_leaves_none(tmp_path: Path) -> None:
     for delay in (0, 0.2, 0.4):
+        for left in tmp_path.glob("mlflow.db*"):
+            left.unlink()
         process = start(tmp_path, LOG)
         while not list(tmp_path.glob("mlflow.db*")):
             time.sleep(0.001)
@@ -216,4 +286,5 @@ def test_a_process_that_is_killed_while_it_makes_the_store_leaves_none(tmp_path:
         process.kill()
         process.communicate()
         assert not (tmp_path / "mlflow.db").exists(), "killed too late to show anything"
+    assert list(tmp_path.glob("mlflow.db*"))
     assert output_of(start(tmp_path, LOG))
