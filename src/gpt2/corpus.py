@@ -46,8 +46,8 @@ def read_corpus(source: str, folders: Sequence[Path]) -> list[Document]:
         raise UserError(f"prepare.source {source} cannot be read: {error.strerror}") from None
     if len(documents) < len(SPLITS):
         raise UserError(
-            f"prepare.source {source}: {len(documents)} documents cannot be split into train, val and test; "
-            "give three or more, or one file, which is split into sections"
+            f"prepare.source {source} has too little text to be split into train, val and test; "
+            "give three files or more, or a longer one"
         )
     return documents
 

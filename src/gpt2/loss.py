@@ -7,6 +7,7 @@ Shapes: N rows (batch times positions), C d_model, V vocabulary, R rows of a chu
 """
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> T
     return _LinearCrossEntropy.apply(features, weight, targets, needs_gradient)
 
 
+@lru_cache(maxsize=1)
+def _logits_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the same memory each time: by far the largest block of a step would find no place among smaller ones."""
+    with torch.inference_mode(False):  # what is made in that mode cannot be written to outside
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, needs_gradient: bool) -> Tensor:
@@ -34,7 +42,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = features.new_zeros((), dtype=exact)
         with torch.autocast(device, enabled=False):
             inputs, matrix = features.to(product), weight.to(product)
-            logits = inputs @ matrix.T  # (N, V), each chunk of which becomes its gradient
+            logits = _logits_buffer(len(inputs), len(matrix), product, features.device)
+            torch.mm(inputs, matrix.T, out=logits)  # (N, V), each chunk of which becomes its gradient
             buffer = torch.empty_like(logits[:CHUNK_ROWS], dtype=exact)  # (R, V)
             for chunk, target in zip(logits.split(CHUNK_ROWS), targets[:, None].split(CHUNK_ROWS), strict=True):
                 exponentials = buffer[: len(chunk)].copy_(chunk)

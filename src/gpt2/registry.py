@@ -162,13 +162,15 @@ def _reproduction(version: ModelVersion, run: Run, source: str) -> str:
 
 @contextlib.contextmanager
 def _open_version(uri: str) -> Iterator[ModelVersion]:
-    """Open the store, and yield the version that a URI means. Raises UserError if there is none."""
+    """Open the store, and yield the version that a URI means. Raises UserError if there is none or the store fails."""
     try:
         with tracking.open_store():
             yield _version_at(mlflow.MlflowClient(), uri)
-    except tracking.STORE_ERRORS as error:
+    except MlflowException as error:
         message = str(error).splitlines()[0]
         raise UserError(f"no model at {uri} ({message}); train and register one with `dvc repro`") from None
+    except tracking.STORE_ERRORS as error:
+        raise UserError(f"MLflow's store fails ({error})") from None
 
 
 def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:

@@ -129,7 +129,7 @@ def test_folder_without_text_is_refused(tmp_path: Path, error_line: ErrorLine, t
 @pytest.mark.parametrize("texts", [{"a": "one", "b": "two", "c": ""}, {"a": "one line"}, {"a": "two\nlines"}])
 def test_too_few_documents_are_refused(tmp_path: Path, error_line: ErrorLine, texts: dict[str, str]) -> None:
     folder = write_files(tmp_path, **texts)
-    assert "three or more" in error_line(lambda: read_corpus(".", [folder]))
+    assert "three files or more" in error_line(lambda: read_corpus(".", [folder]))
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfe", b"cut \xe6\x97", b"caf\xe9 au lait"])

@@ -96,3 +96,13 @@ def test_under_autocast_no_farther_from_the_truth_than_the_plain_computation(row
         ("value", "features", "weight"), distances(linear_cross_entropy), distances(plain_autocast), strict=True
     ):
         assert ours <= theirs * 1.02 + 1e-6, name
+
+
+def test_inference_before_training_is_no_hindrance() -> None:
+    features, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2])
+    with torch.inference_mode():
+        inferred = linear_cross_entropy(features, weight, targets)
+    weight.requires_grad_()
+    trained = linear_cross_entropy(features, weight, targets)
+    trained.backward()
+    assert torch.equal(inferred, trained.detach()) and weight.grad is not None
