@@ -451,8 +451,10 @@ def test_killed_at_any_moment_equals_unbroken(
     dvc, waiting = start("train")
     assert waiting
     wait_for(lambda: "waiting for it" in output.read_text(), waiting)
+    kills.append(is_alive(orphan))
     kill(orphan)
     wait_for_steps(1, waiting)
+    kills.append(is_alive(waiting))
     kill(waiting)
     dvc.wait(60)
     kills += [strike(stage) for stage in [*["train"] * 8, "evaluate", "sample", *["register"] * 3]]
