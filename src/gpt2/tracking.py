@@ -135,7 +135,10 @@ def _make_paths_relative(database: Path, prefix: str) -> None:
             )
 
 
-def _sqlite(path: Path) -> str:
+def _sqlite(database: Path) -> str:
+    """Return MLflow's address of a database; the relative one where it can be, since it knows no path with a ? or %."""
+    root = main_root()
+    path = database.relative_to(root) if database.is_relative_to(root) else database
     return f"sqlite:///{path.as_posix()}"
 
 

@@ -228,7 +228,7 @@ def test_another_database_in_a_moved_checkout_is_used_where_it_is(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("made", ["relative", "absolute"])
 def test_a_moved_store_is_used_where_it_is(tmp_path: Path, made: str) -> None:
-    old, new = tmp_path / "old", tmp_path / "new, with blanks"
+    old, new = tmp_path / "old", tmp_path / "new? 100%25 & #1"
     old.mkdir()
     before = output_of(start(old, LOG))
     if made == "absolute":
