@@ -46,6 +46,7 @@ TINY = {
 }
 
 pytestmark = pytest.mark.slow
+COMMIT_RESULTS = "git add -A && git commit -q --allow-empty -m results"
 PORT = 52431  # of the tracking server, which must come back at the same one
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -322,7 +323,7 @@ if sys.orig_argv[-1] == "src/train.py":
 def test_a_clone_that_pulls_the_results_trains_nothing_and_may_be_moved(
     checkout: Path, shell: Shell, tmp_path: Path, reproduced: object
 ) -> None:
-    shell("git add -A && git commit -q --allow-empty -m results")
+    shell(COMMIT_RESULTS)
     pulled = clone(checkout, tmp_path / "gpt2")
     for folder in (checkout, pulled):
         shell(f"cd {folder} && dvc remote add -q --local --default shelf {tmp_path / 'shelf'}")
@@ -343,7 +344,7 @@ def test_a_clone_that_pulls_the_results_trains_nothing_and_may_be_moved(
 def test_experiments_leave_complete_runs_and_the_same_bytes(
     checkout: Path, shell: Shell, environment: dict[str, str], tmp_path: Path, reproduced: object
 ) -> None:
-    shell("git add -A && git commit -qm results")
+    shell(COMMIT_RESULTS)
     shell("dvc exp run -n here -S train.max_steps=4")
     assert re.search(r"train.max_steps +6 +4", shell("dvc params diff").stdout)
     shell("git checkout -q . && dvc checkout -q")
