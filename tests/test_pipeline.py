@@ -507,8 +507,8 @@ def answers(url: str) -> bool:
 def test_a_server_that_dies_costs_no_step(
     checkout: Path, environment: dict[str, str], tmp_path: Path, reproduced: object
 ) -> None:
-    max_steps = 400
-    folder = clone(checkout, tmp_path / "gpt2", max_steps=max_steps, log_interval=1)
+    max_steps = 600
+    folder = clone(checkout, tmp_path / "gpt2", max_steps=max_steps, log_interval=5)
 
     def repro(server: str) -> subprocess.Popen[str]:
         variables = environment | {"MLFLOW_TRACKING_URI": server}
