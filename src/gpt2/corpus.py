@@ -108,12 +108,12 @@ def _read_path(path: Path) -> list[Document]:
         raise UserError(f"prepare.source {path} holds no .txt file with text in it")
     if len(files) == 1:
         return _sections(files[0])
-    return [Document(_shown(file.relative_to(path)), partial(_read_range, file, 0, None)) for file in files]
+    return [Document(_shown(file.relative_to(path).as_posix()), partial(_read_range, file, 0, None)) for file in files]
 
 
-def _shown(path: Path) -> str:
-    """Return a path as text, also where its name is not UTF-8."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+def _shown(name: str) -> str:
+    """Return a file's name as text that can be written, also where it is not UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -137,7 +137,7 @@ def _sections(path: Path) -> list[Document]:
             bounds.append(min(size, file.tell() - len(byte)))
     bounds = sorted({*bounds, size})
     return [
-        Document(f"{_shown(Path(path.name))}[{start}:{end}]", partial(_read_range, path, start, end))
+        Document(f"{_shown(path.name)}[{start}:{end}]", partial(_read_range, path, start, end))
         for start, end in itertools.pairwise(bounds)
     ]
 

@@ -28,11 +28,13 @@ import torch
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from sqlalchemy.exc import SQLAlchemyError
 
 from gpt2.cli import UserError
 from gpt2.config import Params, flatten
 from gpt2.curves import LogMetrics, read_curves
+from gpt2.database import ARTIFACTS, check_database, database_uri, make_paths_relative
 from gpt2.files import read_json, sha256_of
 from gpt2.lineage import git_commit, hash_of, run_key, train_key
 from gpt2.project import METRICS, PARAMS, PLOTS, RECEIPT, ROOT, SAMPLES, TOKENS, experiment_name, main_root
@@ -43,14 +45,6 @@ BATCH_LIMIT = 1000  # points in one call, MLflow's own limit
 # The last two: a database whose driver is not installed, and an address that is none.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError, ValueError)
 SAMPLES_TABLE = "samples/samples.json"
-ARTIFACTS = "mlartifacts"  # in the main checkout
-PATH_COLUMNS = (  # where MLflow's database holds the paths of artifacts
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
 
 TRAIN_KEY, RUN_KEY, RESULTS_KEY = "gpt2.train_key", "gpt2.run_key", "gpt2.results_key"
 MODEL_SHA256 = "gpt2.model_sha256"
@@ -85,7 +79,7 @@ def open_store() -> Iterator[str]:
         with store_lock():  # processes that make a database at once would break it
             if database:
                 _make_database(database)
-                uri = _sqlite(database)
+                uri = database_uri(database, root)
             mlflow.set_tracking_uri(uri)
             experiment_id = _open_experiment(database)
         yield experiment_id
@@ -94,19 +88,13 @@ def open_store() -> Iterator[str]:
 def _make_database(database: Path) -> None:
     """Make an empty store if there is none; a process that is killed meanwhile leaves none."""
     if database.exists():
-        return _check_database(database)
+        return check_database(database)
     unfinished = database.with_name(f"{database.name}.partial")
     unfinished.unlink(missing_ok=True)
-    _check_database(unfinished)
-    mlflow.set_tracking_uri(_sqlite(unfinished))
+    check_database(unfinished)
+    mlflow.set_tracking_uri(database_uri(unfinished, main_root()))
     mlflow.MlflowClient().search_experiments()
     unfinished.replace(database)
-
-
-def _check_database(path: Path) -> None:
-    """Let SQLite say at once that it cannot read or write there; MLflow would try for minutes."""
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA schema_version")
 
 
 def _open_experiment(database: Path | None) -> str:
@@ -119,27 +107,9 @@ def _open_experiment(database: Path | None) -> str:
         experiment = client.get_experiment(client.create_experiment(EXPERIMENT, artifact_location=location))
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
-    is_inside = database and database.is_relative_to(main_root())
-    if database and is_inside and experiment.artifact_location != ARTIFACTS:
-        _make_paths_relative(database, str(experiment.artifact_location))
+    if database and database.is_relative_to(main_root()) and experiment.artifact_location != ARTIFACTS:
+        make_paths_relative(database, str(experiment.artifact_location))
     return experiment.experiment_id
-
-
-def _make_paths_relative(database: Path, prefix: str) -> None:
-    """Shorten the absolute paths that MLflow gives a new experiment, and what runs have made of them."""
-    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
-        for table, column in PATH_COLUMNS:
-            connection.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                (ARTIFACTS, len(prefix) + 1, len(prefix), prefix),
-            )
-
-
-def _sqlite(database: Path) -> str:
-    """Return MLflow's address of a database; the relative one where it can be, since it knows no path with a ? or %."""
-    root = main_root()
-    path = database.relative_to(root) if database.is_relative_to(root) else database
-    return f"sqlite:///{path.as_posix()}"
 
 
 class Tracker:
@@ -263,7 +233,7 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
     """
     name, key = experiment_name(), train_key(params)
     tags = {TRAIN_KEY: key, RUN_KEY: run_key(params, key)}
-    run_name = name or f"repro-{tags[RUN_KEY][:8]}"
+    tags[MLFLOW_RUN_NAME] = name or f"repro-{tags[RUN_KEY][:8]}"
     if name:
         tags[EXPERIMENT_NAME] = name
     if commit := git_commit():
@@ -284,14 +254,11 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
         with mlflow.start_run(
             run_id=found.info.run_id if found else None,
             experiment_id=experiment_id,
-            run_name=None if found else run_name,
-            tags=None if found else tags,
+            tags=None if found and results else tags,
             log_system_metrics=results is None,
         ) as run:
-            if found and results is None:
-                mlflow.set_tags({**tags, "mlflow.runName": run_name})
-                if name is None and EXPERIMENT_NAME in found.data.tags:
-                    mlflow.delete_tag(EXPERIMENT_NAME)
+            if results is None and name is None and found and EXPERIMENT_NAME in found.data.tags:
+                mlflow.delete_tag(EXPERIMENT_NAME)
             mlflow.log_params(_shown_params(params))
             try:
                 yield mlflow.get_run(run.info.run_id)

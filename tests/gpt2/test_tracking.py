@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from gpt2 import tracking
 from gpt2.cli import Stopped
 from gpt2.config import Params, load_params
+from gpt2.database import PATH_COLUMNS
 from gpt2.tracking import RESULTS_KEY, open_store, training_run
 
 
@@ -244,7 +245,7 @@ def test_a_moved_store_is_used_where_it_is(tmp_path: Path, made: str) -> None:
 def make_paths_absolute(root: Path) -> None:
     """Change a store as MLflow would have written it by itself."""
     with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as connection, connection:
-        for table, column in tracking.PATH_COLUMNS:
+        for table, column in PATH_COLUMNS:
             connection.execute(f"UPDATE {table} SET {column} = ? || {column}", (f"file://{root}/",))
 
 

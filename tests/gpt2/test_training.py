@@ -212,9 +212,8 @@ def test_too_short_split_is_refused(
     make_model: MakeModel, make_train_params: MakeTrainParams, error_line: ErrorLine, tmp_path: Path
 ) -> None:
     def train_on(train_count: int, val_count: int) -> None:
-        steps = itertools.count(1)
         model = make_model()
-        model.register_forward_pre_hook(lambda *_: pytest.fail(f"step {next(steps)} was done"))
+        model.layer_norm.register_forward_pre_hook(lambda *_: pytest.fail("a step was done"))
         params, checkpoints = make_train_params(max_steps=1), Checkpoints(tmp_path)
         train(model, TOKENS[:train_count], TOKENS[:val_count], params, checkpoints, lambda *_: None)
 
