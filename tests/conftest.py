@@ -70,7 +70,16 @@ def make_model() -> Callable[..., GPT2Model]:
 def make_train_params(shipped_text: str) -> Callable[..., TrainParams]:
     section = yaml.safe_load(shipped_text)["train"]
     tiny = {"batch_size": 4, "micro_batch_size": 4, "sequence_length": 8, "device": "cpu", "precision": "float32"}
-    return lambda **changes: check(TrainParams, section | tiny | changes, "tiny")
+
+    def make(**changes: Any) -> TrainParams:
+        rate = changes.get("learning_rate", section["learning_rate"])
+        return check(
+            TrainParams,
+            section | tiny | {"initialization": "random", "embedding_learning_rate": rate} | changes,
+            "tiny",
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

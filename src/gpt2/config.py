@@ -67,8 +67,10 @@ class TrainParams(Section):
     batch_size: Size
     micro_batch_size: Size
     sequence_length: Size
+    initialization: Literal["bigrams", "random"]
     optimizer: Literal["adamw", "muon"]
     learning_rate: Annotated[Float, Field(gt=0)]
+    embedding_learning_rate: Annotated[Float, Field(gt=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
     decay_fraction: Annotated[Float, Field(ge=0, le=1)]
     weight_decay: Annotated[Float, Field(ge=0)]
@@ -155,6 +157,10 @@ def find_conflicts(raw: Any) -> list[str]:
             conflicts.append(f"{name} {pair[0]} is more than model.max_len {pair[1]}")
     if (pair := numbers("train.max_bad_steps", "train.max_steps")) and pair[0] >= pair[1]:
         conflicts.append(f"train.max_bad_steps {pair[0]} is not below train.max_steps {pair[1]}")
+    if value("train.initialization") == "bigrams" and value("model.tie_weights") is True:
+        conflicts.append("train.initialization bigrams needs model.tie_weights false")
+    if value("train.initialization") == "bigrams" and (size := numbers("model.d_model")) and size[0] < 3:
+        conflicts.append(f"train.initialization bigrams needs model.d_model 3 or more ({size[0]})")
     if sum(numbers("prepare.val_fraction", "prepare.test_fraction")) >= 1:
         conflicts.append("prepare.val_fraction and prepare.test_fraction leave nothing to train on")
     return conflicts

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2.attention import causal_attention
+from gpt2.dropout import Dropout
+
 GELU_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
@@ -29,13 +32,12 @@ class MultiHeadAttention(nn.Module):
         self.w_k = nn.Linear(d_model, d_model, bias=qkv_bias)
         self.w_v = nn.Linear(d_model, d_model, bias=qkv_bias)
         self.w_o = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C); position t sees positions 0 to t."""
         q, k, v = (self._split_heads(projection(x)) for projection in (self.w_q, self.w_k, self.w_v))
-        dropout = self.dropout.p if self.training else 0.0
-        heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, D)
+        heads = causal_attention(q, k, v, self.dropout.p if self.training else 0.0)  # (B, H, T, D)
         return self.w_o(heads.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class PositionwiseFeedForward(nn.Module):
         self.approximation = GELU_APPROXIMATION[activation]
         self.linear1 = nn.Linear(d_model, d_ff)
         self.linear2 = nn.Linear(d_ff, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C), through (B, T, F)."""
@@ -66,7 +68,7 @@ class TransformerBlock(nn.Module):
         self.feed_forward = PositionwiseFeedForward(d_model, d_ff, dropout, activation)
         self.layer_norm1 = LayerNorm(d_model)
         self.layer_norm2 = LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
@@ -106,7 +108,7 @@ class GPT2Model(nn.Module):
         )
         self.layer_norm = LayerNorm(d_model)
         self.output_projection = nn.Linear(d_model, vocab_size, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.apply(self._initialize)
         if tie_weights:
             self.output_projection.weight = self.token_embedding.weight

@@ -7,10 +7,10 @@ Shapes: M, N rows and columns of a matrix; K the smaller of both.
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 MOMENTUM = 0.95
 ITERATIONS = 5
@@ -25,7 +25,7 @@ class Muon(torch.optim.Optimizer):
     So one learning rate and weight decay serve both. `precision` is the format of its matrix products.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], weight_decay: float, precision: torch.dtype) -> None:
+    def __init__(self, matrices: ParamsT, weight_decay: float, precision: torch.dtype) -> None:
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
         self.precision = precision
 

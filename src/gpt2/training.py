@@ -19,9 +19,10 @@ from gpt2.checkpoints import Checkpoints
 from gpt2.cli import Stopped, UserError, stop_requests
 from gpt2.config import ModelParams, TrainParams
 from gpt2.curves import History, LogMetrics
+from gpt2.initialization import start_from_bigrams
 from gpt2.loss import linear_cross_entropy, perplexity
 from gpt2.model import GPT2Model
-from gpt2.optimization import build_optimizers, learning_rate_at, set_learning_rate
+from gpt2.optimization import build_optimizers, schedule, set_learning_rates
 from gpt2.runtime import autocast, check_memory, choose_device, choose_precision, peak_memory_bytes
 
 
@@ -59,7 +60,7 @@ def train(
     device = choose_device(params.device)
     precision = choose_precision(params.precision, device)
     batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
-    optimizers = build_optimizers(model.to(device), params.optimizer, params.weight_decay, precision)
+    optimizers = build_optimizers(model.to(device), params, precision)
     meter = Meter(batch_tokens=params.batch_size * params.sequence_length)
     history: History = []
     val_batches = partial(validation_batches, val_tokens, params.micro_batch_size, params.sequence_length)
@@ -76,7 +77,8 @@ def train(
     def check_finite(name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
             raise UserError(
-                f"the {name} is {value} at step {step}, learning rate {learning_rate_at(step - 1, params):g}; "
+                f"the {name} is {value} at step {step}, learning rate "
+                f"{params.learning_rate * schedule(step - 1, params):g}; "
                 f"{checkpoints.last()}; try a lower train.learning_rate"
             )
 
@@ -99,6 +101,9 @@ def train(
         earlier_peak_bytes = notes["peak_memory_bytes"]
         for step, metrics in notes["history"]:
             log(step, metrics)
+    elif params.initialization == "bigrams":
+        torch.manual_seed(params.seed)
+        start_from_bigrams(model, train_tokens)
 
     model.train()
     steps = range(start, params.max_steps)
@@ -106,8 +111,7 @@ def train(
     with stop_requests() as stop_signal:
         for step in progress:
             torch.manual_seed(params.seed + step)  # dropout too is a pure function of (seed, step)
-            rate = learning_rate_at(step, params)
-            set_learning_rate(optimizers, rate)
+            set_learning_rates(optimizers, step, params)
             with autocast(device, precision):
                 loss = accumulate_gradients(model, *batches(step), params.micro_batch_size, device)
             norm = nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
@@ -130,7 +134,7 @@ def train(
                     done,
                     {
                         "train/loss": train_loss,
-                        "train/learning_rate": rate,
+                        "train/learning_rate": params.learning_rate * schedule(step, params),
                         "train/tokens_per_second": tokens_per_second,
                     },
                 )

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.checkpoints import Checkpoints
+from gpt2.config import TrainParams
 from gpt2.model import GPT2Model
 from gpt2.optimization import build_optimizers
 
@@ -21,12 +22,12 @@ Train = Callable[..., tuple[GPT2Model, list[torch.optim.Optimizer]]]
 
 
 @pytest.fixture(scope="session")
-def trained(make_model: MakeModel) -> Train:
+def trained(make_model: MakeModel, make_train_params: Callable[..., TrainParams]) -> Train:
     """A model and its optimizers after some steps."""
 
     def train(steps: int, optimizer: str = "adamw", **changes: Any) -> tuple[GPT2Model, list[torch.optim.Optimizer]]:
         model = make_model(**changes)
-        optimizers = build_optimizers(model, optimizer, weight_decay=0.1)
+        optimizers = build_optimizers(model, make_train_params(optimizer=optimizer), torch.float32)
         for step in range(steps):
             torch.manual_seed(step)
             for parameter in model.parameters():

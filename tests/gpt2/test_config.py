@@ -1,6 +1,7 @@
 import contextlib
 import io
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, va
         ({"train.micro_batch_size": 3}, "train.batch_size 8 is not a multiple of train.micro_batch_size 3"),
         ({"train.sequence_length": 513}, "train.sequence_length 513 is more than model.max_len 512"),
         ({"evaluate.stride": 513}, "evaluate.stride 513 is more than model.max_len 512"),
+        ({"model.tie_weights": True}, "train.initialization bigrams needs model.tie_weights false"),
+        ({"model.d_model": 2, "model.n_heads": 1}, "train.initialization bigrams needs model.d_model 3 or more (2)"),
         ({"train.max_bad_steps": 220}, "train.max_bad_steps 220 is not below train.max_steps 220"),
         ({"prepare.val_fraction": 0.5, "prepare.test_fraction": 0.5}, "leave nothing to train on"),
     ],
@@ -171,7 +174,7 @@ def test_missing_section_is_named(problem: Callable[..., str], section: str) -> 
 
 @pytest.mark.parametrize("number", ["6e-4", "0.0006", "6.0e-4", "6E-4", "+6e-4", "6.e-4"])
 def test_every_way_to_write_a_number_is_one(tmp_path: Path, shipped_text: str, number: str) -> None:
-    text = shipped_text.replace("learning_rate: 0.004", f"learning_rate: {number}")
+    text = re.sub(r"(?m)^  learning_rate: \S+", f"  learning_rate: {number}", shipped_text)
     assert load_text(tmp_path, text).train.learning_rate == 6e-4
 
 

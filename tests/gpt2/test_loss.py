@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -8,12 +8,16 @@ from torch import Tensor
 from gpt2 import loss
 from gpt2.loss import linear_cross_entropy
 
-CHUNK_ROWS = 4
+CHUNK_ROWS = 4  # of float64
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_ROWS", CHUNK_ROWS)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(loss, "CHUNK_BYTES", CHUNK_ROWS * loss.ALIGNED_COLUMNS * 8)
+    monkeypatch.setattr(loss, "CACHED_ROWS", CHUNK_ROWS - 1)
+    loss._logits_buffer.cache_clear()
+    yield
+    loss._logits_buffer.cache_clear()
 
 
 def make_inputs(rows: int, dtype: torch.dtype = torch.float64, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:

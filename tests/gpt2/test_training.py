@@ -61,6 +61,14 @@ def test_loss_falls(run: Callable[..., Any], optimizer: str) -> None:
     assert metrics["train_loss"] < 2 and metrics["val_loss"] < 1
 
 
+def test_bigrams_give_a_start(run: Callable[..., Any]) -> None:
+    first = {
+        initialization: run(initialization=initialization, log_interval=1)[2][0][1]["train/loss"]
+        for initialization in ("random", "bigrams")
+    }
+    assert first["bigrams"] < first["random"] - 1
+
+
 def test_bfloat16_trains_too_and_leaves_float32_weights(run: Callable[..., Any]) -> None:
     model, metrics, _ = run(precision="bfloat16", max_steps=60, learning_rate=0.02)
     assert metrics["val_loss"] < 1
@@ -312,13 +320,15 @@ class Death(BaseException):
     """Stands for SIGKILL where a test cannot die: nobody handles it."""
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "kind", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"optimizer": "muon", "initialization": "bigrams"}], ids=str
+)
 @pytest.mark.parametrize("dead_after", range(1, 8))
 def test_broken_off_and_resumed_equals_unbroken(
-    run: Callable[..., Any], make_model: MakeModel, tmp_path: Path, optimizer: str, dead_after: int
+    run: Callable[..., Any], make_model: MakeModel, tmp_path: Path, kind: dict[str, str], dead_after: int
 ) -> None:
     """A training that ends after any step, and another that goes on: the same weights and curves."""
-    changes = {"max_steps": 7, "checkpoint_interval": 2, "log_interval": 3, "eval_interval": 4, "optimizer": optimizer}
+    changes = {"max_steps": 7, "checkpoint_interval": 2, "log_interval": 3, "eval_interval": 4} | kind
     unbroken, metrics, history = run(**changes)
     steps_done = 0
 
