@@ -1,12 +1,16 @@
-"""Embeddings to start from: what follows what in the training text, so that training begins as a bigram model.
+"""Weights to start from, so that training begins as a bigram model which sees the tokens before.
 
-The matrix of each pair's surprise over Kneser-Ney's back-off (Kneser & Ney 1995) is factored, as word embeddings factor
-that of pointwise mutual information (Levy & Goldberg 2014): one side becomes the token embedding, the other the output
-projection. The blocks begin with no part in the residual stream (Zhang et al. 2019, "Fixup"), so the first logits are
-those of the factors.
+What follows what in the training text fills the embeddings: the matrix of each pair's surprise over Kneser-Ney's
+back-off (Kneser & Ney 1995) is factored, as word embeddings factor that of pointwise mutual information (Levy &
+Goldberg 2014); one side becomes the token embedding, the other the output projection. Positions have dimensions of
+their own, by which the first block's heads look one, two, three ... tokens back. The blocks have no part in the
+residual stream yet (Zhang et al. 2019, "Fixup"), so the first logits are those of the factors.
 
-Shapes: N tokens of the text, M different ones among them, P different pairs, K rank, C d_model, V vocabulary.
+Shapes: N tokens of the text, M different ones among them, P different pairs, K rank, L dimensions for positions,
+T positions, C d_model, H heads, D head size, V vocabulary.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -14,20 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.batches import Tokens
-from gpt2.model import GPT2Model, TransformerBlock
+from gpt2.model import GPT2Model, MultiHeadAttention, TransformerBlock
 
 COUNTED_TOKENS = 50_000_000  # sorting the pairs takes some 50 bytes for each
 DISCOUNT = 0.75  # of each count, in favour of pairs that never occurred
 UNSEEN = 0.1  # the count of a token that never occurs
-SPARED = 2  # of C: the mean, which layer norm takes away, and the direction of the frequencies
-EMBEDDING_RMS = 1.0
-FIT_POWER = 0.75  # of a context's count, as its weight in the fit
+FIT_POWER = 0.75  # of a token's count, as its weight in the fit
 RIDGE = 1e-3
+POSITION_SHARE = 6  # one dimension in so many is for positions
+SPARED = 2  # dimensions: the mean's, which layer norm takes away, and the frequencies'
 
 
 @torch.no_grad()
 def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
-    """Set the embeddings and the output projection, which must not be tied, from a text's tokens (N,); C is 3 or more.
+    """Set the weights from a text's tokens (N,). C must be 3 or more, and the embeddings not tied.
 
     Draws from PyTorch's generator.
     """
@@ -43,21 +47,30 @@ def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
     backoff = discounted[first] * log_frequencies.softmax(0)[seen[second]]
     surprise = torch.log1p((counts - DISCOUNT) / first_counts[first] / backoff)  # (P,)
 
-    before, after = _factors(first, second, surprise, first_counts, min(width - SPARED, len(seen)))
-    # An orthonormal basis whose first direction is the mean's.
+    blocks = [block for block in model.modules() if isinstance(block, TransformerBlock)]
+    head_size = width // blocks[0].attention.n_heads
+    places = min(width // POSITION_SHARE, head_size) // 2 * 2  # L
+    rank = min(width - SPARED - places, len(seen))
+    before, after = _factors(first, second, surprise, first_counts, rank)
+
+    # An orthonormal basis of the residual stream, whose first direction is the mean's.
     basis = torch.linalg.qr(torch.cat([torch.ones(width, 1), torch.randn(width, width - 1)], 1)).Q.T  # (C, C)
-    axes = basis[SPARED : SPARED + before.shape[1]]  # (K, C)
-    size = width**0.5  # of what layer norm gives
-    model.token_embedding.weight.mul_(EMBEDDING_RMS / model.token_embedding.weight.std())
-    model.token_embedding.weight[seen] = (before @ axes * size * EMBEDDING_RMS).to(model.token_embedding.weight)
-    projection = log_frequencies.sub(log_frequencies.mean())[:, None] * basis[1]
-    projection[seen] += after @ axes
-    model.output_projection.weight.copy_(projection / size)
-    model.layer_norm.bias.copy_(basis[1] * size)
-    for block in model.modules():
-        if isinstance(block, TransformerBlock):
-            block.attention.w_o.weight.zero_()
-            block.feed_forward.linear2.weight.zero_()
+    frequency_axis, place_axes, token_axes = basis[1], basis[SPARED:][:places], basis[SPARED + places :][:rank]
+    token_size = math.sqrt(width - places)  # together with a position's the length that layer norm gives, sqrt(C)
+    embedding = F.normalize(torch.randn(vocab_size, rank), dim=1)
+    embedding[seen] = before
+    model.token_embedding.weight.copy_(token_size * embedding @ token_axes)
+    projection = log_frequencies.sub(log_frequencies.mean())[:, None] * frequency_axis / math.sqrt(width)
+    projection[seen] += after @ token_axes / token_size
+    model.output_projection.weight.copy_(projection)
+    model.layer_norm.bias.copy_(frequency_axis * math.sqrt(width))
+    for block in blocks:
+        block.attention.w_o.weight.zero_()
+        block.feed_forward.linear2.weight.zero_()
+    if places:
+        angles = torch.arange(model.max_len)[:, None] * _frequencies(places, model.max_len)  # (T, L / 2)
+        model.position_embedding.weight.copy_(_waves(angles) @ place_axes)
+        _look_back(blocks[0].attention, place_axes, model.max_len)
 
 
 def _factors(first: Tensor, second: Tensor, surprise: Tensor, first_counts: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -77,3 +90,28 @@ def _factors(first: Tensor, second: Tensor, surprise: Tensor, first_counts: Tens
     gram += RIDGE * gram.diagonal().mean() * torch.eye(rank)
     moments = sparse(second, first, surprise * weights[first]) @ before  # (M, K)
     return before, torch.linalg.solve(gram, moments.T).T
+
+
+def _look_back(attention: MultiHeadAttention, place_axes: Tensor, max_len: int) -> None:
+    """Let head h attend to the token h + 1 places back: its query is the position's waves, turned back so far."""
+    frequencies = _frequencies(len(place_axes), max_len)
+    for weight in (attention.w_q.weight, attention.w_k.weight):
+        weight.zero_()
+    queries, keys = (
+        x.weight.unflatten(0, (attention.n_heads, -1)) for x in (attention.w_q, attention.w_k)
+    )  # (H, D, C)
+    for head in range(attention.n_heads):
+        cosine, sine = ((head + 1) * frequencies).cos().diag(), ((head + 1) * frequencies).sin().diag()
+        turn = torch.cat([torch.cat([cosine, sine], 1), torch.cat([-sine, cosine], 1)])  # (L, L)
+        queries[head, : len(place_axes)] = turn @ place_axes
+        keys[head, : len(place_axes)] = place_axes
+
+
+def _frequencies(places: int, max_len: int) -> Tensor:
+    """Return angles a position (L / 2,), from half a turn over the whole context to nearly half a turn a position."""
+    return torch.logspace(math.log10(math.pi / max_len), math.log10(0.9 * math.pi), places // 2)
+
+
+def _waves(angles: Tensor) -> Tensor:
+    """Return cosines and sines of angles (T, L / 2), as (T, L) of mean square 1 (Vaswani et al. 2017, section 3.5)."""
+    return math.sqrt(2) * torch.cat([angles.cos(), angles.sin()], 1)

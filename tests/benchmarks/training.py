@@ -1,0 +1,317 @@
+"""Training against its peers, in one interleaved run: tokens per second, memory, and time to a loss.
+
+python tests/benchmarks/training.py                 the steps of our training, of transformers' and of a plain loop
+python tests/benchmarks/training.py --time-to-loss  how soon ours has the loss of transformers after 600,000 tokens
+
+Ours is what params.yaml says. Every contender takes the same batches of the training split (run `dvc repro prepare`
+first), clips its gradient and drops out alike. Each measurement is a process of its own; nothing else should run
+meanwhile.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "src"))
+
+import torch  # noqa: E402  # after gpt2, which sets how its threads wait
+from torch import Tensor, nn  # noqa: E402
+
+from gpt2.batches import TrainingBatches, load_tokens, validation_batches  # noqa: E402  # found by the line above
+from gpt2.checkpoints import Checkpoints  # noqa: E402
+from gpt2.config import Params, load_params  # noqa: E402
+from gpt2.optimization import build_optimizers, set_learning_rates  # noqa: E402
+from gpt2.runtime import (  # noqa: E402
+    autocast,
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    peak_memory_bytes,
+    use_threads,
+)
+from gpt2.training import accumulate_gradients, build_model, train  # noqa: E402
+
+PEER_TOKENS, PEER_RATE, PEER_WARMUP = 600_000, 6e-4, 10
+Step = Callable[[int], object]
+
+
+def ours(params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype) -> Step:
+    model = build_model(params.model, params.train, 50257).to(device).train()
+    optimizers = build_optimizers(model, params.train, precision)
+
+    def step(index: int) -> None:
+        torch.manual_seed(index)
+        set_learning_rates(optimizers, index, params.train)
+        with autocast(device, precision):
+            accumulate_gradients(model, *batches(index), params.train.micro_batch_size, device)
+        nn.utils.clip_grad_norm_(model.parameters(), params.train.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+
+    return step
+
+
+def plain(
+    model: nn.Module,
+    logits_of: Callable[[Tensor], Tensor],
+    params: Params,
+    batches: TrainingBatches,
+    device: torch.device,
+    precision: torch.dtype,
+    steps: int | None = None,
+) -> Step:
+    """The loop that everybody writes: whole logits, cross_entropy, AdamW; a cosine schedule if `steps` is given."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEER_RATE, weight_decay=params.train.weight_decay)
+
+    def step(index: int) -> None:
+        torch.manual_seed(index)
+        if steps:
+            cosine = (1 + math.cos(math.pi * index / steps)) / 2
+            optimizer.param_groups[0]["lr"] = PEER_RATE * min(1, (index + 1) / PEER_WARMUP) * cosine
+        inputs, targets = (one.to(device) for one in batches(index))
+        with autocast(device, precision):
+            loss = nn.functional.cross_entropy(logits_of(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), params.train.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def plain_loop(params: Params, *rest: Any) -> Step:
+    model = build_model(params.model, params.train, 50257).to(rest[1]).train()
+    return plain(model, model, params, *rest)
+
+
+def transformers_model(params: Params, device: torch.device) -> nn.Module:
+    """The peer, at the same shape: untied, and with the same dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = params.model
+    config = GPT2Config(
+        vocab_size=50257,
+        n_positions=shape.max_len,
+        n_embd=shape.d_model,
+        n_layer=shape.n_layers,
+        n_head=shape.n_heads,
+        n_inner=shape.d_ff,
+        resid_pdrop=shape.dropout,
+        embd_pdrop=shape.dropout,
+        attn_pdrop=shape.dropout,
+        tie_word_embeddings=shape.tie_weights,
+        use_cache=False,
+    )
+    torch.manual_seed(params.train.seed)
+    model: nn.Module = GPT2LMHeadModel(config)
+    return model.to(device).train()
+
+
+def transformers(params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype) -> Step:
+    model = transformers_model(params, device)
+    return plain(model, lambda tokens: model(tokens).logits, params, batches, device, precision)
+
+
+CONTENDERS: dict[str, Callable[[Params, TrainingBatches, torch.device, torch.dtype], Step]] = {
+    "ours": ours,
+    "transformers": transformers,
+    "plain loop": plain_loop,
+}
+
+
+def product_rate(device: torch.device, precision: torch.dtype) -> float:
+    """Return the operations per second of a large matrix product."""
+    a, b = (torch.randn(4096, 4096, device=device).to(precision) for _ in range(2))
+    torch.mm(a, b)
+    seconds = []
+    for _ in range(5):
+        wait(device)
+        began = time.perf_counter()
+        torch.mm(a, b)
+        wait(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * 4096**3 / min(seconds)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(name: str, steps: int, precision_name: str, batch_size: int | None) -> dict[str, float]:
+    """Return the median seconds of a step, the part of them spent on reading data, and the peak memory."""
+    params, device, precision, tokens = prepare(precision_name)
+    if batch_size:
+        params = params.model_copy(update={"train": params.train.model_copy(update={"batch_size": batch_size})})
+    batches = TrainingBatches(tokens["train"], params.train.batch_size, params.train.sequence_length, params.train.seed)
+    step = CONTENDERS[name](params, batches, device, precision)
+    seconds = []
+    for index in range(steps + 1):  # the first is for warming up
+        wait(device)
+        began = time.perf_counter()
+        step(index)
+        wait(device)
+        seconds.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    batches(steps)
+    reading = time.perf_counter() - began
+    median = statistics.median(seconds[1:])
+    return {
+        "seconds": median,
+        "reading": reading / median,
+        "memory": peak_memory_bytes(device),
+        "product": product_rate(device, precision),
+    }
+
+
+def prepare(precision_name: str) -> tuple[Params, torch.device, torch.dtype, dict[str, Any]]:
+    params = load_params(ROOT / "params.yaml")
+    use_threads(params.train.threads)
+    device = choose_device(params.train.device)
+    tokens = {split: load_tokens(ROOT / "data" / "tokens" / f"{split}.bin") for split in ("train", "val")}
+    return params, device, choose_precision(precision_name, device), tokens
+
+
+def in_a_process(*arguments: str) -> dict[str, float]:
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(rounds: int, steps: int, precision: str) -> None:
+    print_circumstances(precision)
+    params = load_params(ROOT / "params.yaml")
+    batch_tokens = params.train.batch_size * params.train.sequence_length
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    for _ in range(rounds):
+        for name, found in results.items():
+            found.append(in_a_process("--contender", name, "--steps", str(steps), "--precision", precision))
+            print(f"  {name}: {batch_tokens / found[-1]['seconds']:,.0f} tokens/s", flush=True)
+    larger = str(2 * params.train.batch_size)
+    twice = in_a_process("--contender", "ours", "--precision", precision, "--batch-size", larger)
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(found[key] for found in results[name])
+
+    print(f"\n{'':14}{'tokens/s':>10}{'memory':>10}{'ours is':>16}{'ours needs':>12}")
+    for name in results:
+        print(
+            f"{name:14}{batch_tokens / median(name, 'seconds'):>10,.0f}{median(name, 'memory') / 1e9:>8.2f}GB"
+            f"{median(name, 'seconds') / median('ours', 'seconds'):>9.2f} x fast"
+            f"{median('ours', 'memory') / median(name, 'memory'):>11.0%}"
+        )
+    rate = operations_per_token(params) * batch_tokens / median("ours", "seconds")
+    growth = (twice["memory"] - median("ours", "memory")) / batch_tokens * 1000
+    print(f"ours: {rate / 1e9:,.0f} GFLOP/s, {rate / median('ours', 'product'):.0%} of a large matrix product's")
+    print(f"ours: {growth / 1e6:.1f} MB for each further 1,000 tokens in a step")
+    print(f"ours: {median('ours', 'reading'):.2%} of a step goes into reading data")
+
+
+def operations_per_token(params: Params) -> int:
+    """Return the products' operations: six for each weight (Kaplan et al. 2020), and as many for attention's scores."""
+    shape = params.model
+    weights = shape.n_layers * (4 * shape.d_model**2 + 2 * shape.d_model * shape.d_ff) + 50257 * shape.d_model
+    return 6 * (weights + shape.n_layers * params.train.sequence_length * shape.d_model)
+
+
+def print_circumstances(precision: str) -> None:
+    from importlib.metadata import version
+
+    params, device, chosen, _ = prepare(precision)
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        print(f"{processor}, {torch.backends.cpu.get_cpu_capability()}, {params.train.threads} threads")
+    if device.type == "cuda":
+        print(torch.cuda.get_device_name(device))
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {version('transformers')}"
+    print(f"{versions}, commit {commit.strip()}")
+    print(
+        f"{device.type}, {chosen}, batch {params.train.batch_size} x {params.train.sequence_length}, "
+        f"dropout {params.model.dropout}, {' '.join(sys.argv)}"
+    )
+
+
+class Reached(Exception):  # noqa: N818  # no error
+    """Ends our training at the peer's loss."""
+
+
+def time_to_loss(precision_name: str) -> None:
+    """Print how long transformers takes to its loss after PEER_TOKENS tokens, and ours to the same; on val windows."""
+    print_circumstances(precision_name)
+    params, device, precision, tokens = prepare(precision_name)
+    setting = params.train
+    validation = partial(
+        validation_batches, tokens["val"], setting.micro_batch_size, setting.sequence_length, setting.eval_windows
+    )
+    batches = TrainingBatches(tokens["train"], setting.batch_size, setting.sequence_length, setting.seed)
+    steps = round(PEER_TOKENS / (setting.batch_size * setting.sequence_length))
+    began = time.perf_counter()
+    model = transformers_model(params, device)
+    step = plain(model, lambda x: model(x).logits, params, batches, device, precision, steps)
+    for index in range(steps):
+        step(index)
+    wait(device)
+    peer_seconds = time.perf_counter() - began
+    model.eval()
+    with torch.no_grad(), autocast(device, precision):
+        losses = [
+            nn.functional.cross_entropy(model(x.to(device)).logits.flatten(0, 1), y.to(device).flatten())
+            for x, y in validation()
+        ]
+    target = statistics.fmean(float(loss) for loss in losses)
+    print(f"transformers: loss {target:.3f} after {steps} steps, {peer_seconds:,.0f} s", flush=True)
+
+    keep_freed_memory()
+
+    def stop_when_reached(step: int, metrics: dict[str, float]) -> None:
+        if (loss := metrics.get("val/loss", math.inf)) <= target:
+            seconds = time.perf_counter() - began
+            print(f"ours: loss {loss:.3f} after {step} steps, {seconds:,.0f} s: {peer_seconds / seconds:.1f} x as fast")
+            raise Reached
+
+    began = time.perf_counter()
+    often = setting.model_copy(update={"eval_interval": 2})
+    with TemporaryDirectory() as folder, suppress(Reached):
+        ours_model = build_model(params.model, often, 50257)
+        train(ours_model, tokens["train"], tokens["val"], often, Checkpoints(Path(folder)), stop_when_reached)
+        print("ours never reached it")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="measured in each round")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--time-to-loss", action="store_true")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contender:
+        if arguments.contender == "ours":
+            keep_freed_memory()
+        print(json.dumps(measure(arguments.contender, arguments.steps, arguments.precision, arguments.batch_size)))
+    elif arguments.time_to_loss:
+        time_to_loss(arguments.precision)
+    else:
+        compare(arguments.rounds, arguments.steps, arguments.precision)
+
+
+if __name__ == "__main__":
+    main()
