@@ -50,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_gradient: Tensor | None = None
             for rows, target in zip(inputs.split(len(buffer)), targets.split(len(buffer)), strict=True):
                 logits = torch.mm(rows, matrix.T, out=buffer[: len(rows)])  # (R, V)
-                total += _softmax_(logits, target, 1 / len(inputs))
+                total += _softmax_(logits, target, 1 / len(inputs) if needs_gradient else None)
                 if needs_gradient:
                     features_gradients.append((logits @ matrix).to(features.dtype))
                     part = logits.T @ rows
@@ -66,8 +66,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return features_gradient * gradients[0], weight_gradient * gradients[0], None, None
 
 
-def _softmax_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """Put the gradient of scale times the summed loss () in the place of logits (R, V); return that sum, unscaled."""
+def _softmax_(logits: Tensor, targets: Tensor, scale: float | None) -> Tensor:
+    """Return the summed loss () of logits (R, V), in whose place its gradient times scale, if there is one, is left."""
     cached = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
     exact = torch.promote_types(logits.dtype, torch.float32)
     total = logits.new_zeros((), dtype=exact)
@@ -77,8 +77,9 @@ def _softmax_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
         target_logits = values.gather(1, target)
         sums = values.sub_(largest).exp_().sum(1, keepdim=True)
         total += (sums.log() + largest - target_logits).sum()
-        values.mul_(scale / sums).scatter_add_(1, target, values.new_full(target.shape, -scale))
-        rows.copy_(values)
+        if scale:
+            values.mul_(scale / sums).scatter_add_(1, target, values.new_full(target.shape, -scale))
+            rows.copy_(values)
     return total
 
 

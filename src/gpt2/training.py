@@ -173,8 +173,11 @@ def accumulate_gradients(
     inputs and targets are (B, T) on the CPU.
     """
     total = torch.zeros((), device=device)
-    for x, y in zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
-        loss = next_token_loss(model, x.to(device), y.to(device)) * (len(x) / len(inputs))
+    if device.type == "cuda":
+        inputs, targets = inputs.pin_memory(), targets.pin_memory()  # so that copying them does not wait for the device
+    for micro_batch in zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
+        x, y = (tokens.to(device, non_blocking=True) for tokens in micro_batch)
+        loss = next_token_loss(model, x, y) * (len(x) / len(inputs))
         loss.backward()
         total += loss.detach()
     return total
