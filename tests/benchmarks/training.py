@@ -26,10 +26,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "src"))
 
-import torch  # noqa: E402  # after gpt2, which sets how its threads wait
+import gpt2  # noqa: E402, F401  # before torch: it sets how torch's threads wait
+
+# isort: split
+
+import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from gpt2.batches import TrainingBatches, load_tokens, validation_batches  # noqa: E402  # found by the line above
+from gpt2.batches import TrainingBatches, load_tokens, validation_batches  # noqa: E402
 from gpt2.checkpoints import Checkpoints  # noqa: E402
 from gpt2.config import Params, load_params  # noqa: E402
 from gpt2.optimization import build_optimizers, set_learning_rates  # noqa: E402
@@ -41,6 +45,7 @@ from gpt2.runtime import (  # noqa: E402
     peak_memory_bytes,
     use_threads,
 )
+from gpt2.tokenizer import VOCAB_SIZE  # noqa: E402
 from gpt2.training import accumulate_gradients, build_model, train  # noqa: E402
 
 PEER_TOKENS, PEER_RATE, PEER_WARMUP = 600_000, 6e-4, 10
@@ -48,7 +53,7 @@ Step = Callable[[int], object]
 
 
 def ours(params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype) -> Step:
-    model = build_model(params.model, params.train, 50257).to(device).train()
+    model = build_model(params.model, params.train, VOCAB_SIZE).to(device).train()
     optimizers = build_optimizers(model, params.train, precision)
 
     def step(index: int) -> None:
@@ -92,9 +97,9 @@ def plain(
     return step
 
 
-def plain_loop(params: Params, *rest: Any) -> Step:
-    model = build_model(params.model, params.train, 50257).to(rest[1]).train()
-    return plain(model, model, params, *rest)
+def plain_loop(params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype) -> Step:
+    model = build_model(params.model, params.train, VOCAB_SIZE).to(device).train()
+    return plain(model, model, params, batches, device, precision)
 
 
 def transformers_model(params: Params, device: torch.device) -> nn.Module:
@@ -103,7 +108,7 @@ def transformers_model(params: Params, device: torch.device) -> nn.Module:
 
     shape = params.model
     config = GPT2Config(
-        vocab_size=50257,
+        vocab_size=VOCAB_SIZE,
         n_positions=shape.max_len,
         n_embd=shape.d_model,
         n_layer=shape.n_layers,
@@ -225,7 +230,7 @@ def compare(rounds: int, steps: int, precision: str) -> None:
 def operations_per_token(params: Params) -> int:
     """Return the products' operations: six for each weight (Kaplan et al. 2020), and as many for attention's scores."""
     shape = params.model
-    weights = shape.n_layers * (4 * shape.d_model**2 + 2 * shape.d_model * shape.d_ff) + 50257 * shape.d_model
+    weights = shape.n_layers * (4 * shape.d_model**2 + 2 * shape.d_model * shape.d_ff) + VOCAB_SIZE * shape.d_model
     return 6 * (weights + shape.n_layers * params.train.sequence_length * shape.d_model)
 
 
@@ -289,7 +294,7 @@ def time_to_loss(precision_name: str) -> None:
     began = time.perf_counter()
     often = setting.model_copy(update={"eval_interval": 2})
     with TemporaryDirectory() as folder, suppress(Reached):
-        ours_model = build_model(params.model, often, 50257)
+        ours_model = build_model(params.model, often, VOCAB_SIZE)
         train(ours_model, tokens["train"], tokens["val"], often, Checkpoints(Path(folder)), stop_when_reached)
         print("ours never reached it")
 
