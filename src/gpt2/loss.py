@@ -14,43 +14,53 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 200 * 2**20  # of logits: enough rows for fast matrix products, few enough to weigh little
+CHUNK_BYTES = 2**28  # of logits at most: enough rows for fast matrix products, few enough to weigh little
 CACHED_ROWS = 32  # whose softmax stays in a processor's cache
 ALIGNED_COLUMNS = 64  # rows that begin at multiples of this make the products up to twice as fast
 
 
-def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, last_count: int = 1) -> Tensor:
     """Return the mean cross-entropy () in nats of targets (N,) under the logits features (N, C) @ weight (V, C).T.
 
+    The last row of weight stands for `last_count` equal ones, and its gradient is the sum of theirs.
     Matrix products run in autocast's format where it is on; the softmax and the sums never below float32.
     """
     needs_gradient = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(features, weight, targets, needs_gradient)
+    return _LinearCrossEntropy.apply(features, weight, targets, last_count, needs_gradient)
+
+
+def _logits_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory for the logits (R, V) of a chunk, of which that many rows (N,) make as few as can be, alike."""
+    stride = math.ceil(columns / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+    most = max(1, CHUNK_BYTES // (stride * dtype.itemsize))
+    chunk = max(1, math.ceil(rows / max(1, math.ceil(rows / most))))
+    memory = _memory(max(stride, CHUNK_BYTES // dtype.itemsize), dtype, device)
+    return memory[: chunk * stride].view(chunk, stride)[:, :columns]
 
 
 @lru_cache(maxsize=1)
-def _logits_buffer(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory for logits (R, V), the same each time: so large a block would find no place among smaller ones."""
-    stride = math.ceil(columns / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-    rows = max(1, CHUNK_BYTES // (stride * dtype.itemsize))
+def _memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory (size,), the same each time: so large a block would find no place among smaller ones."""
     with torch.inference_mode(False):  # what is made in that mode cannot be written to outside
-        return torch.empty(rows, stride, dtype=dtype, device=device)[:, :columns]
+        return torch.empty(size, dtype=dtype, device=device)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, needs_gradient: bool) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, last_count: int, needs_gradient: bool
+    ) -> Tensor:
         device = features.device.type
         product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         with torch.autocast(device, enabled=False):
             inputs, matrix = features.to(product), weight.to(product)
-            buffer = _logits_buffer(len(matrix), product, features.device)
+            buffer = _logits_buffer(len(inputs), len(matrix), product, features.device)
             total = features.new_zeros((), dtype=torch.promote_types(product, torch.float32))
             features_gradients: list[Tensor] = []
             weight_gradient: Tensor | None = None
             for rows, target in zip(inputs.split(len(buffer)), targets.split(len(buffer)), strict=True):
                 logits = torch.mm(rows, matrix.T, out=buffer[: len(rows)])  # (R, V)
-                total += _softmax_(logits, target, 1 / len(inputs) if needs_gradient else None)
+                total += _softmax_(logits, target, last_count, 1 / len(inputs) if needs_gradient else None)
                 if needs_gradient:
                     features_gradients.append((logits @ matrix).to(features.dtype))
                     part = logits.T @ rows
@@ -61,13 +71,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         features_gradient, weight_gradient = ctx.saved_tensors
-        return features_gradient * gradients[0], weight_gradient * gradients[0], None, None
+        return features_gradient * gradients[0], weight_gradient * gradients[0], None, None, None
 
 
-def _softmax_(logits: Tensor, targets: Tensor, scale: float | None) -> Tensor:
-    """Return the summed loss () of logits (R, V), in whose place its gradient times scale, if there is one, is left."""
+def _softmax_(logits: Tensor, targets: Tensor, last_count: int, scale: float | None) -> Tensor:
+    """Return the summed loss () of logits (R, V), in whose place its gradient times scale, if there is one, is left.
+
+    The last column counts last_count times.
+    """
     cached = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
     exact = torch.promote_types(logits.dtype, torch.float32)
     total = logits.new_zeros((), dtype=exact)
@@ -75,6 +88,7 @@ def _softmax_(logits: Tensor, targets: Tensor, scale: float | None) -> Tensor:
         values = rows.to(exact)  # the same memory if the logits are as exact
         largest = values.amax(1, keepdim=True)
         target_logits = values.gather(1, target)
+        values[:, -1] += math.log(last_count)
         sums = values.sub_(largest).exp_().sum(1, keepdim=True)
         total += (sums.log() + largest - target_logits).sum()
         if scale:

@@ -3,10 +3,11 @@
 It gives the bytes of torch.optim.Muon, which always computes in bfloat16; a CPU without bfloat16 spends far longer on
 that than on all the rest of a step, so here the format of the products can be chosen.
 
-Shapes: M, N rows and columns of a matrix; K the smaller of both.
+Shapes: L matrices of one shape, M, N their rows and columns; K the smaller of both.
 """
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -33,22 +34,33 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever called
         """Move every matrix once, by its gradient."""
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)  # in few large products, for a GPU's sake
             for matrix in group["params"]:
-                state = self.state[matrix]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
-                momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - MOMENTUM)
-                update = orthogonalize(matrix.grad.lerp(momentum, MOMENTUM).to(self.precision))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(update, alpha=-group["lr"] * ADAMW_RMS * math.sqrt(max(matrix.shape)))
+                alike[matrix.shape].append(matrix)
+            for shape, matrices in alike.items():
+                gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+                momenta = [self._momentum(matrix) for matrix in matrices]
+                torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+                ahead = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))
+                updates = orthogonalize(ahead.to(self.precision)).to(ahead.dtype)
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                step = -group["lr"] * ADAMW_RMS * math.sqrt(max(shape))
+                torch._foreach_add_(matrices, updates.unbind(), alpha=step)
+
+    def _momentum(self, matrix: Tensor) -> Tensor:
+        state = self.state[matrix]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        return state["momentum_buffer"]
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Return the matrix (M, N) with all singular values brought near 1, by a quintic Newton-Schulz iteration."""
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Return matrices (L, M, N) with all singular values brought near 1, by a quintic Newton-Schulz iteration."""
     a, b, c = COEFFICIENTS
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / wide.norm().clamp(min=SMALLEST_NORM)
+    is_wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if is_wide else matrices.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=SMALLEST_NORM)
     for _ in range(ITERATIONS):
-        gram = x @ x.T  # (K, K)
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if wide is matrix else x.T
+        gram = x @ x.mT  # (L, K, K)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if is_wide else x.mT

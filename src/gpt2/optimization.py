@@ -32,18 +32,17 @@ def build_optimizers(model: GPT2Model, params: TrainParams, precision: torch.dty
     """
     embeddings = {id(model.token_embedding.weight), id(model.position_embedding.weight)}
     blocks = {id(parameter) for parameter in model.transformer_blocks.parameters()}
-    groups: dict[tuple[str, str, float], list[nn.Parameter]] = {}
+    groups: dict[str, dict[tuple[str, float], list[nn.Parameter]]] = {"adamw": {}, "muon": {}}
     for parameter in model.parameters():
         in_block, is_matrix = id(parameter) in blocks, parameter.dim() == 2 and id(parameter) not in embeddings
         optimizer = params.optimizer if in_block and is_matrix else "adamw"
         rate = "learning_rate" if in_block else "embedding_learning_rate"
-        groups.setdefault((optimizer, rate, params.weight_decay if is_matrix else 0.0), []).append(parameter)
+        groups[optimizer].setdefault((rate, params.weight_decay if is_matrix else 0.0), []).append(parameter)
 
     def of(name: str) -> list[dict[str, Any]]:
         return [
             {"params": parameters, "rate": rate, "weight_decay": weight_decay}
-            for (optimizer, rate, weight_decay), parameters in groups.items()
-            if optimizer == name
+            for (rate, weight_decay), parameters in groups[name].items()
         ]
 
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(of("adamw"), betas=BETAS, fused=True)]
@@ -54,6 +53,7 @@ def build_optimizers(model: GPT2Model, params: TrainParams, precision: torch.dty
 
 def set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], step: int, params: TrainParams) -> None:
     """Give every parameter group its learning rate at that step, from the parameter which its "rate" names."""
+    part = schedule(step, params)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = getattr(params, group["rate"]) * schedule(step, params)
+            group["lr"] = getattr(params, group["rate"]) * part

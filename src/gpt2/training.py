@@ -24,6 +24,7 @@ from gpt2.loss import linear_cross_entropy, perplexity
 from gpt2.model import GPT2Model
 from gpt2.optimization import build_optimizers, schedule, set_learning_rates
 from gpt2.runtime import autocast, check_memory, choose_device, choose_precision, peak_memory_bytes
+from gpt2.vocabulary import TextVocabulary
 
 
 def build_model(shape: ModelParams, params: TrainParams, vocab_size: int) -> GPT2Model:
@@ -60,6 +61,7 @@ def train(
     device = choose_device(params.device)
     precision = choose_precision(params.precision, device)
     batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
+    vocabulary = TextVocabulary(train_tokens, model.token_embedding.num_embeddings, device)
     optimizers = build_optimizers(model.to(device), params, precision)
     meter = Meter(batch_tokens=params.batch_size * params.sequence_length)
     history: History = []
@@ -101,9 +103,11 @@ def train(
         earlier_peak_bytes = notes["peak_memory_bytes"]
         for step, metrics in notes["history"]:
             log(step, metrics)
-    elif params.initialization == "bigrams":
-        torch.manual_seed(params.seed)
-        start_from_bigrams(model, train_tokens)
+    else:
+        if params.initialization == "bigrams":
+            torch.manual_seed(params.seed)
+            start_from_bigrams(model, train_tokens)
+        vocabulary.make_unseen_equal(model.output_projection.weight)
 
     model.train()
     steps = range(start, params.max_steps)
@@ -113,7 +117,7 @@ def train(
             torch.manual_seed(params.seed + step)  # dropout too is a pure function of (seed, step)
             set_learning_rates(optimizers, step, params)
             with autocast(device, precision):
-                loss = accumulate_gradients(model, *batches(step), params.micro_batch_size, device)
+                loss = accumulate_gradients(model, vocabulary, *batches(step), params.micro_batch_size)
             norm = nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
             done = step + 1
             if meter.bad_steps < params.max_bad_steps and not math.isfinite(loss + norm):
@@ -166,18 +170,19 @@ def train(
 
 
 def accumulate_gradients(
-    model: GPT2Model, inputs: Tensor, targets: Tensor, micro_batch_size: int, device: torch.device
+    model: GPT2Model, vocabulary: TextVocabulary, inputs: Tensor, targets: Tensor, micro_batch_size: int
 ) -> Tensor:
     """Add the gradient of the batch's mean loss to the parameters, a micro-batch at a time; return that loss ().
 
-    inputs and targets are (B, T) on the CPU.
+    inputs and targets are (B, T) on the CPU, and all in the vocabulary.
     """
+    device = vocabulary.ids.device
     total = torch.zeros((), device=device)
-    if device.type == "cuda":
+    if on_gpu := device.type == "cuda":
         inputs, targets = inputs.pin_memory(), targets.pin_memory()  # so that copying them does not wait for the device
     for micro_batch in zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
-        x, y = (tokens.to(device, non_blocking=True) for tokens in micro_batch)
-        loss = next_token_loss(model, x, y) * (len(x) / len(inputs))
+        x, y = (tokens.to(device, non_blocking=on_gpu) for tokens in micro_batch)
+        loss = next_token_loss(model, x, y, vocabulary) * (len(x) / len(inputs))
         loss.backward()
         total += loss.detach()
     return total
@@ -196,10 +201,14 @@ def mean_loss(model: GPT2Model, batches: Iterable[tuple[Tensor, Tensor]], device
     return float(total / count)
 
 
-def next_token_loss(model: GPT2Model, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy () in nats of targets (B, T)."""
-    features = model.features(inputs)
-    return linear_cross_entropy(features.flatten(0, 1), model.output_projection.weight, targets.flatten())
+def next_token_loss(
+    model: GPT2Model, inputs: Tensor, targets: Tensor, vocabulary: TextVocabulary | None = None
+) -> Tensor:
+    """Return the mean cross-entropy () in nats of targets (B, T), sooner if they are known to be in a vocabulary."""
+    features, weight, targets = model.features(inputs).flatten(0, 1), model.output_projection.weight, targets.flatten()
+    if vocabulary is None:
+        return linear_cross_entropy(features, weight, targets)
+    return linear_cross_entropy(features, vocabulary.rows(weight), vocabulary.row_of[targets], vocabulary.last_count)
 
 
 class Meter:

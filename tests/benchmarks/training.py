@@ -33,10 +33,9 @@ import gpt2  # noqa: E402, F401  # before torch: it sets how torch's threads wai
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from gpt2.batches import TrainingBatches, load_tokens, validation_batches  # noqa: E402
+from gpt2.batches import Tokens, TrainingBatches, load_tokens, validation_batches  # noqa: E402
 from gpt2.checkpoints import Checkpoints  # noqa: E402
 from gpt2.config import Params, load_params  # noqa: E402
-from gpt2.optimization import build_optimizers, set_learning_rates  # noqa: E402
 from gpt2.runtime import (  # noqa: E402
     autocast,
     choose_device,
@@ -46,27 +45,23 @@ from gpt2.runtime import (  # noqa: E402
     use_threads,
 )
 from gpt2.tokenizer import VOCAB_SIZE  # noqa: E402
-from gpt2.training import accumulate_gradients, build_model, train  # noqa: E402
+from gpt2.training import build_model, train  # noqa: E402
+from gpt2.vocabulary import TextVocabulary  # noqa: E402
 
 PEER_TOKENS, PEER_RATE, PEER_WARMUP = 600_000, 6e-4, 10
 Step = Callable[[int], object]
 
 
-def ours(params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype) -> Step:
-    model = build_model(params.model, params.train, VOCAB_SIZE).to(device).train()
-    optimizers = build_optimizers(model, params.train, precision)
+class Enough(Exception):  # noqa: N818  # no error
+    """Ends our training early."""
 
-    def step(index: int) -> None:
-        torch.manual_seed(index)
-        set_learning_rates(optimizers, index, params.train)
-        with autocast(device, precision):
-            accumulate_gradients(model, *batches(index), params.train.micro_batch_size, device)
-        nn.utils.clip_grad_norm_(model.parameters(), params.train.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
 
-    return step
+def ours(params: Params, tokens: dict[str, Tokens], log: Callable[[int, dict[str, float]], None]) -> None:
+    """Train as the stage does, until the log, which gets each step, raises Enough."""
+    keep_freed_memory()
+    model = build_model(params.model, params.train, VOCAB_SIZE)
+    with TemporaryDirectory() as folder, suppress(Enough):
+        train(model, tokens["train"], tokens["val"], params.train, Checkpoints(Path(folder)), log)
 
 
 def plain(
@@ -130,11 +125,7 @@ def transformers(params: Params, batches: TrainingBatches, device: torch.device,
     return plain(model, lambda tokens: model(tokens).logits, params, batches, device, precision)
 
 
-CONTENDERS: dict[str, Callable[[Params, TrainingBatches, torch.device, torch.dtype], Step]] = {
-    "ours": ours,
-    "transformers": transformers,
-    "plain loop": plain_loop,
-}
+PEERS = {"transformers": transformers, "plain loop": plain_loop}
 
 
 def product_rate(device: torch.device, precision: torch.dtype) -> float:
@@ -158,36 +149,49 @@ def wait(device: torch.device) -> None:
 
 def measure(name: str, steps: int, precision_name: str, batch_size: int | None) -> dict[str, float]:
     """Return the median seconds of a step, the part of them spent on reading data, and the peak memory."""
-    params, device, precision, tokens = prepare(precision_name)
-    if batch_size:
-        params = params.model_copy(update={"train": params.train.model_copy(update={"batch_size": batch_size})})
-    batches = TrainingBatches(tokens["train"], params.train.batch_size, params.train.sequence_length, params.train.seed)
-    step = CONTENDERS[name](params, batches, device, precision)
-    seconds = []
-    for index in range(steps + 1):  # the first is for warming up
-        wait(device)
-        began = time.perf_counter()
-        step(index)
-        wait(device)
-        seconds.append(time.perf_counter() - began)
+    params, device, precision, tokens = prepare(precision_name, batch_size=batch_size, log_interval=1)
+    setting = params.train
+    batches = TrainingBatches(tokens["train"], setting.batch_size, setting.sequence_length, setting.seed)
+    seconds: list[float] = []
+
+    def note(_: int, metrics: dict[str, float]) -> None:
+        if speed := metrics.get("train/tokens_per_second"):
+            seconds.append(setting.batch_size * setting.sequence_length / speed)
+        if len(seconds) > steps:
+            raise Enough
+
+    if name == "ours":
+        ours(params, tokens, note)
+    else:
+        step = PEERS[name](params, batches, device, precision)
+        for index in range(steps + 1):
+            wait(device)
+            began = time.perf_counter()
+            step(index)
+            wait(device)
+            seconds.append(time.perf_counter() - began)
     began = time.perf_counter()
     batches(steps)
     reading = time.perf_counter() - began
-    median = statistics.median(seconds[1:])
+    median = statistics.median(seconds[1:])  # the first step is for warming up
     return {
         "seconds": median,
         "reading": reading / median,
         "memory": peak_memory_bytes(device),
         "product": product_rate(device, precision),
+        "logits": len(TextVocabulary(tokens["train"], VOCAB_SIZE, device).ids) if name == "ours" else VOCAB_SIZE,
     }
 
 
-def prepare(precision_name: str) -> tuple[Params, torch.device, torch.dtype, dict[str, Any]]:
+def prepare(precision: str, **changes: Any) -> tuple[Params, torch.device, torch.dtype, dict[str, Tokens]]:
+    """Return params.yaml with the train section's changes that are not None, and what follows from it."""
     params = load_params(ROOT / "params.yaml")
+    changed = {name: value for name, value in {"precision": precision, **changes}.items() if value is not None}
+    params = params.model_copy(update={"train": params.train.model_copy(update=changed)})
     use_threads(params.train.threads)
     device = choose_device(params.train.device)
     tokens = {split: load_tokens(ROOT / "data" / "tokens" / f"{split}.bin") for split in ("train", "val")}
-    return params, device, choose_precision(precision_name, device), tokens
+    return params, device, choose_precision(params.train.precision, device), tokens
 
 
 def in_a_process(*arguments: str) -> dict[str, float]:
@@ -202,7 +206,7 @@ def compare(rounds: int, steps: int, precision: str) -> None:
     print_circumstances(precision)
     params = load_params(ROOT / "params.yaml")
     batch_tokens = params.train.batch_size * params.train.sequence_length
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *PEERS)}
     for _ in range(rounds):
         for name, found in results.items():
             found.append(in_a_process("--contender", name, "--steps", str(steps), "--precision", precision))
@@ -220,17 +224,17 @@ def compare(rounds: int, steps: int, precision: str) -> None:
             f"{median(name, 'seconds') / median('ours', 'seconds'):>9.2f} x fast"
             f"{median('ours', 'memory') / median(name, 'memory'):>11.0%}"
         )
-    rate = operations_per_token(params) * batch_tokens / median("ours", "seconds")
+    rate = operations_per_token(params, int(results["ours"][0]["logits"])) * batch_tokens / median("ours", "seconds")
     growth = (twice["memory"] - median("ours", "memory")) / batch_tokens * 1000
     print(f"ours: {rate / 1e9:,.0f} GFLOP/s, {rate / median('ours', 'product'):.0%} of a large matrix product's")
     print(f"ours: {growth / 1e6:.1f} MB for each further 1,000 tokens in a step")
     print(f"ours: {median('ours', 'reading'):.2%} of a step goes into reading data")
 
 
-def operations_per_token(params: Params) -> int:
+def operations_per_token(params: Params, logits: int) -> int:
     """Return the products' operations: six for each weight (Kaplan et al. 2020), and as many for attention's scores."""
     shape = params.model
-    weights = shape.n_layers * (4 * shape.d_model**2 + 2 * shape.d_model * shape.d_ff) + VOCAB_SIZE * shape.d_model
+    weights = shape.n_layers * (4 * shape.d_model**2 + 2 * shape.d_model * shape.d_ff) + logits * shape.d_model
     return 6 * (weights + shape.n_layers * params.train.sequence_length * shape.d_model)
 
 
@@ -253,14 +257,10 @@ def print_circumstances(precision: str) -> None:
     )
 
 
-class Reached(Exception):  # noqa: N818  # no error
-    """Ends our training at the peer's loss."""
-
-
 def time_to_loss(precision_name: str) -> None:
     """Print how long transformers takes to its loss after PEER_TOKENS tokens, and ours to the same; on val windows."""
     print_circumstances(precision_name)
-    params, device, precision, tokens = prepare(precision_name)
+    params, device, precision, tokens = prepare(precision_name, eval_interval=2)
     setting = params.train
     validation = partial(
         validation_batches, tokens["val"], setting.micro_batch_size, setting.sequence_length, setting.eval_windows
@@ -283,20 +283,14 @@ def time_to_loss(precision_name: str) -> None:
     target = statistics.fmean(float(loss) for loss in losses)
     print(f"transformers: loss {target:.3f} after {steps} steps, {peer_seconds:,.0f} s", flush=True)
 
-    keep_freed_memory()
-
     def stop_when_reached(step: int, metrics: dict[str, float]) -> None:
         if (loss := metrics.get("val/loss", math.inf)) <= target:
             seconds = time.perf_counter() - began
             print(f"ours: loss {loss:.3f} after {step} steps, {seconds:,.0f} s: {peer_seconds / seconds:.1f} x as fast")
-            raise Reached
+            raise Enough
 
     began = time.perf_counter()
-    often = setting.model_copy(update={"eval_interval": 2})
-    with TemporaryDirectory() as folder, suppress(Reached):
-        ours_model = build_model(params.model, often, VOCAB_SIZE)
-        train(ours_model, tokens["train"], tokens["val"], often, Checkpoints(Path(folder)), stop_when_reached)
-        print("ours never reached it")
+    ours(params, tokens, stop_when_reached)
 
 
 def main() -> None:
@@ -305,12 +299,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured in each round")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--time-to-loss", action="store_true")
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--contender", choices=("ours", *PEERS), help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contender:
-        if arguments.contender == "ours":
-            keep_freed_memory()
         print(json.dumps(measure(arguments.contender, arguments.steps, arguments.precision, arguments.batch_size)))
     elif arguments.time_to_loss:
         time_to_loss(arguments.precision)

@@ -15,9 +15,9 @@ CHUNK_ROWS = 4  # of float64
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(loss, "CHUNK_BYTES", CHUNK_ROWS * loss.ALIGNED_COLUMNS * 8)
     monkeypatch.setattr(loss, "CACHED_ROWS", CHUNK_ROWS - 1)
-    loss._logits_buffer.cache_clear()
+    loss._memory.cache_clear()
     yield
-    loss._logits_buffer.cache_clear()
+    loss._memory.cache_clear()
 
 
 def make_inputs(rows: int, dtype: torch.dtype = torch.float64, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,9 +42,11 @@ def test_value_and_gradients_equal_the_plain_computation(rows: int) -> None:
         torch.testing.assert_close(gradient, one, atol=1e-10, rtol=0)
 
 
-def test_gradcheck() -> None:
-    features, weight, targets = make_inputs(CHUNK_ROWS + 1)
-    assert torch.autograd.gradcheck(linear_cross_entropy, (features, weight, targets))
+@pytest.mark.parametrize("last_count", [1, 1000])
+def test_gradcheck(last_count: int) -> None:
+    assert torch.autograd.gradcheck(
+        lambda x, w, y: linear_cross_entropy(x, w, y, last_count), make_inputs(CHUNK_ROWS + 1)
+    )
 
 
 @pytest.mark.parametrize("without", ["features", "weight"])

@@ -1,0 +1,44 @@
+"""What a text lacks is one row of the loss, and no number is another for it."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2 import vocabulary
+from gpt2.loss import linear_cross_entropy
+from gpt2.vocabulary import TextVocabulary
+
+CPU = torch.device("cpu")
+VOCAB_SIZE = 12
+
+
+@pytest.mark.parametrize("seen", [[3], [0, 1, 4, 11], range(VOCAB_SIZE - 1), range(VOCAB_SIZE)])
+@pytest.mark.parametrize("read", [2, 100])
+def test_loss_and_gradients_are_those_of_the_whole_vocabulary(
+    seen: list[int], read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "READ_TOKENS", read)
+    text = TextVocabulary(np.array([*seen, *seen], dtype=np.uint16), VOCAB_SIZE, CPU)
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(VOCAB_SIZE, 5, generator=generator, dtype=torch.float64)
+    text.make_unseen_equal(weight)
+    weight.requires_grad_()
+    targets = torch.tensor([*seen])[torch.randint(len(seen), (7,), generator=generator)]
+
+    found = linear_cross_entropy(features, text.rows(weight), text.row_of[targets], text.last_count)
+    expected = F.cross_entropy(features @ weight.T, targets)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    gradients = torch.autograd.grad(3 * found, (features, weight))
+    for gradient, one in zip(gradients, torch.autograd.grad(3 * expected, (features, weight)), strict=True):
+        torch.testing.assert_close(gradient, one, atol=1e-10, rtol=0)
+
+
+def test_seen_rows_stay_and_unseen_ones_get_their_mean() -> None:
+    text = TextVocabulary(np.array([1, 3], dtype=np.uint16), 4, CPU)
+    weight = torch.tensor([[0.0, 8.0], [1.0, 1.0], [4.0, 0.0], [3.0, 3.0]])
+    text.make_unseen_equal(weight)
+    assert weight.tolist() == [[2.0, 4.0], [1.0, 1.0], [2.0, 4.0], [3.0, 3.0]]
+    assert text.rows(weight).tolist() == [[1.0, 1.0], [3.0, 3.0], [2.0, 4.0]]
+    assert text.last_count == 2
