@@ -2,15 +2,18 @@
 
 What follows what in the training text fills the embeddings: the matrix of each pair's surprise over Kneser-Ney's
 back-off (Kneser & Ney 1995) is factored, as word embeddings factor that of pointwise mutual information (Levy &
-Goldberg 2014); one side becomes the token embedding, the other the output projection. Positions have dimensions of
-their own, by which the first block's heads look one, two, three ... tokens back. The blocks have no part in the
-residual stream yet (Zhang et al. 2019, "Fixup"), so the first logits are those of the factors.
+Goldberg 2014); one side becomes the token embedding, the other the output projection. Then both are fitted to
+Kneser-Ney's probabilities. A token is met once, with all that ever followed it, so some hundred thousand rows of logits
+teach what takes millions of rows in a text. Positions have dimensions of their own, by which the first block's heads
+look one, two, three ... tokens back. The blocks have no part in the residual stream yet (Zhang et al. 2019, "Fixup"),
+so the first logits are those of the factors.
 
-Shapes: N tokens of the text, M different ones among them, P different pairs, K rank, L dimensions for positions,
-T positions, C d_model, H heads, D head size, V vocabulary.
+Shapes: N tokens of the text, M different ones among them, P different pairs, K rank, S tokens of a step of the fit,
+L dimensions for positions, T positions, C d_model, H heads, D head size, V vocabulary.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,8 +26,10 @@ from gpt2.model import GPT2Model, MultiHeadAttention, TransformerBlock
 COUNTED_TOKENS = 50_000_000  # sorting the pairs takes some 50 bytes for each
 DISCOUNT = 0.75  # of each count, in favour of pairs that never occurred
 UNSEEN = 0.1  # the count of a token that never occurs
-FIT_POWER = 0.75  # of a token's count, as its weight in the fit
+LEAST_SQUARES_POWER = 0.75  # of a token's count, as its weight
 RIDGE = 1e-3
+FIT_STEPS, FIT_TOKENS = 60, 1024
+BEFORE_RATE, AFTER_RATE, WARMUP_STEPS = 0.01, 0.1, 5  # of Adam's; the rates fall to zero
 POSITION_SHARE = 6  # one dimension in so many is for positions
 SPARED = 2  # dimensions: the mean's, which layer norm takes away, and the frequencies'
 
@@ -37,21 +42,14 @@ def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
     """
     vocab_size, width = model.output_projection.weight.shape
     seen, text = torch.unique(torch.from_numpy(tokens[:COUNTED_TOKENS].astype(np.int64)), return_inverse=True)
-    pairs, counts = torch.unique(text[:-1] * len(seen) + text[1:], return_counts=True)  # (P,)
-    first, second = pairs // len(seen), pairs % len(seen)
-    first_counts = torch.bincount(first, counts.double(), len(seen)).float().clamp(min=1)  # (M,)
-
-    # How many tokens go before a token tells its frequency in new places better than its count does.
-    log_frequencies = torch.full((vocab_size,), UNSEEN).index_add_(0, seen[second], torch.ones(len(pairs))).log()
-    discounted = DISCOUNT * torch.bincount(first, minlength=len(seen)) / first_counts
-    backoff = discounted[first] * log_frequencies.softmax(0)[seen[second]]
-    surprise = torch.log1p((counts - DISCOUNT) / first_counts[first] / backoff)  # (P,)
-
+    bigrams = count_bigrams(text, len(seen))
     blocks = [block for block in model.modules() if isinstance(block, TransformerBlock)]
     head_size = width // blocks[0].attention.n_heads
     places = min(width // POSITION_SHARE, head_size) // 2 * 2  # L
     rank = min(width - SPARED - places, len(seen))
-    before, after = _factors(first, second, surprise, first_counts, rank)
+    before, after, seen_log_frequencies = _fit(bigrams, *_factors(bigrams, rank))
+    log_frequencies = torch.full((vocab_size,), math.log(UNSEEN))
+    log_frequencies[seen] = seen_log_frequencies
 
     # An orthonormal basis of the residual stream, whose first direction is the mean's.
     basis = torch.linalg.qr(torch.cat([torch.ones(width, 1), torch.randn(width, width - 1)], 1)).Q.T  # (C, C)
@@ -73,23 +71,80 @@ def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
         _look_back(blocks[0].attention, place_axes, model.max_len)
 
 
-def _factors(first: Tensor, second: Tensor, surprise: Tensor, first_counts: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return factors (M, K) and (M, K) whose products approximate the surprise of the pairs (P,).
+@dataclass(frozen=True)
+class Bigrams:
+    """What follows what in a text: Kneser-Ney's p(second | first) = probability + backoff[first] * frequency[second].
+
+    The pairs are ordered by their first token.
+    """
+
+    first: Tensor  # (P,)
+    second: Tensor  # (P,)
+    probabilities: Tensor  # (P,), what the pair's own count gives
+    counts: Tensor  # (M,), how often a token is followed by any
+    places: Tensor  # (M,), how many different tokens go before a token: tells how often it will come in new places
+    backoff: Tensor  # (M,)
+
+    @property
+    def frequencies(self) -> Tensor:
+        """The probability (M,) of each token in new places."""
+        return self.places / self.places.sum()
+
+    def after(self, tokens: Tensor) -> Tensor:
+        """Return the probabilities (S, M) of all that may follow tokens (S,)."""
+        found = self.backoff[tokens, None] * self.frequencies  # (S, M)
+        starts, ends = (torch.searchsorted(self.first, tokens, right=right).tolist() for right in (False, True))
+        for row, start, end in zip(found, starts, ends, strict=True):
+            row[self.second[start:end]] += self.probabilities[start:end]
+        return found
+
+
+def count_bigrams(text: Tensor, different: int) -> Bigrams:
+    """Count the pairs of a text (N,) of ids below `different`, M."""
+    pairs, pair_counts = torch.unique(text[:-1] * different + text[1:], return_counts=True)  # (P,)
+    first, second = pairs // different, pairs % different
+    counts = torch.bincount(text[:-1], minlength=different).float().clamp(min=1)
+    places = torch.bincount(second, minlength=different).float().clamp(min=UNSEEN)
+    backoff = DISCOUNT * torch.bincount(first, minlength=different) / counts
+    return Bigrams(first, second, (pair_counts - DISCOUNT) / counts[first], counts, places, backoff)
+
+
+def _factors(bigrams: Bigrams, rank: int) -> tuple[Tensor, Tensor]:
+    """Return factors (M, K) and (M, K) whose products approximate the pairs' surprise.
 
     Rows of the first have length 1, since layer norm takes their length away; the second is fitted to them.
     """
+    first, second, counts = bigrams.first, bigrams.second, bigrams.counts
+    surprise = torch.log1p(bigrams.probabilities / (bigrams.backoff[first] * bigrams.frequencies[second]))  # (P,)
 
     def sparse(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-        shape = (len(first_counts), len(first_counts))
+        shape = (len(counts), len(counts))
         return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, shape, check_invariants=True).coalesce()
 
-    left, singular_values, _ = torch.svd_lowrank(sparse(first, second, surprise * first_counts.sqrt()[first]), q=rank)
+    left, singular_values, _ = torch.svd_lowrank(sparse(first, second, surprise * counts.sqrt()[first]), q=rank)
     before = F.normalize(left * singular_values.sqrt(), dim=1)
-    weights = first_counts**FIT_POWER
+    weights = counts**LEAST_SQUARES_POWER
     gram = before.T @ (before * weights[:, None])  # (K, K)
     gram += RIDGE * gram.diagonal().mean() * torch.eye(rank)
     moments = sparse(second, first, surprise * weights[first]) @ before  # (M, K)
     return before, torch.linalg.solve(gram, moments.T).T
+
+
+@torch.enable_grad()
+def _fit(bigrams: Bigrams, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return factors (M, K), (M, K) and log frequencies (M,) fitted to the bigrams, from first factors."""
+    before, after, bias = (x.clone().requires_grad_() for x in (before, after, bigrams.places.log()))
+    groups = [{"params": [before], "rate": BEFORE_RATE}, {"params": [after], "rate": AFTER_RATE}]
+    optimizer = torch.optim.Adam([*groups, {"params": [bias], "rate": BEFORE_RATE}], fused=True)
+    for step in range(FIT_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * min(1, (step + 1) / WARMUP_STEPS) * (1 - step / FIT_STEPS)
+        tokens = torch.multinomial(bigrams.counts, min(FIT_TOKENS, len(bigrams.counts)))  # (S,)
+        logits = F.normalize(before[tokens], dim=1) @ after.T + bias  # (S, M)
+        F.cross_entropy(logits, bigrams.after(tokens)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return F.normalize(before.detach(), dim=1), after.detach(), bias.detach()
 
 
 def _look_back(attention: MultiHeadAttention, place_axes: Tensor, max_len: int) -> None:
