@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.initialization import start_from_bigrams
+from gpt2.initialization import count_bigrams, start_from_bigrams
 from gpt2.model import GPT2Model, TransformerBlock
 
 MakeModel = Callable[..., GPT2Model]
@@ -32,6 +32,15 @@ def loss_of(model: GPT2Model, tokens: np.ndarray) -> float:
 def entropy(counts: Tensor) -> float:
     """Mean entropy in nats of the rows' distributions, weighed by their sums."""
     return -(counts / counts.sum() * (counts / counts.sum(-1, keepdim=True)).clamp(min=1e-9).log()).sum().item()
+
+
+def test_bigrams_have_kneser_neys_probabilities() -> None:
+    bigrams = count_bigrams(torch.tensor([0, 1, 0, 1, 0, 2, 2]), 3)
+    found = bigrams.after(torch.tensor([2, 0, 1]))
+    torch.testing.assert_close(found.sum(1), torch.ones(3))
+    assert found[1, 1].item() == pytest.approx((2 - 0.75) / 3 + 0.75 * 2 / 3 * 1 / 4)
+    assert found[0, 2].item() == pytest.approx((1 - 0.75) / 1 + 0.75 * 1 / 1 * 2 / 4)
+    assert found[2, 2].item() == pytest.approx(0.75 * 1 / 2 * 2 / 4)  # never seen
 
 
 def test_starts_near_the_bigrams_entropy(make_model: MakeModel, text: np.ndarray) -> None:
