@@ -159,7 +159,7 @@ def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, va
         ({"evaluate.stride": 513}, "evaluate.stride 513 is more than model.max_len 512"),
         ({"model.tie_weights": True}, "train.initialization bigrams needs model.tie_weights false"),
         ({"model.d_model": 2, "model.n_heads": 1}, "train.initialization bigrams needs model.d_model 3 or more (2)"),
-        ({"train.max_bad_steps": 50}, "train.max_bad_steps 50 is not below train.max_steps 50"),
+        ({"train.max_steps": 50, "train.max_bad_steps": 50}, "train.max_bad_steps 50 is not below train.max_steps 50"),
         ({"prepare.val_fraction": 0.5, "prepare.test_fraction": 0.5}, "leave nothing to train on"),
     ],
 )
