@@ -3,10 +3,10 @@
 What follows what in the training text fills the embeddings: the matrix of each pair's surprise over Kneser-Ney's
 back-off (Kneser & Ney 1995) is factored, as word embeddings factor that of pointwise mutual information (Levy &
 Goldberg 2014); one side becomes the token embedding, the other the output projection. Then both are fitted to
-Kneser-Ney's probabilities. A token is met once, with all that ever followed it, so some hundred thousand rows of logits
-teach what takes millions of rows in a text. Positions have dimensions of their own, by which the first block's heads
-look one, two, three ... tokens back. The blocks have no part in the residual stream yet (Zhang et al. 2019, "Fixup"),
-so the first logits are those of the factors.
+Kneser-Ney's probabilities, where one row of logits learns from all that ever followed a token, and not from a single
+place of the text. Positions have dimensions of their own, by which the first block's heads look one, two, three ...
+tokens back. The blocks have no part in the residual stream yet (Zhang et al. 2019, "Fixup"), so the first logits are
+those of the factors.
 
 Shapes: N tokens of the text, M different ones among them, P different pairs, K rank, S tokens of a step of the fit,
 L dimensions for positions, T positions, C d_model, H heads, D head size, V vocabulary.
@@ -134,8 +134,8 @@ def _factors(bigrams: Bigrams, rank: int) -> tuple[Tensor, Tensor]:
 def _fit(bigrams: Bigrams, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return factors (M, K), (M, K) and log frequencies (M,) fitted to the bigrams, from first factors."""
     before, after, bias = (x.clone().requires_grad_() for x in (before, after, bigrams.places.log()))
-    groups = [{"params": [before], "rate": BEFORE_RATE}, {"params": [after], "rate": AFTER_RATE}]
-    optimizer = torch.optim.Adam([*groups, {"params": [bias], "rate": BEFORE_RATE}], fused=True)
+    groups = [{"params": [before, bias], "rate": BEFORE_RATE}, {"params": [after], "rate": AFTER_RATE}]
+    optimizer = torch.optim.Adam(groups, fused=True)
     for step in range(FIT_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * min(1, (step + 1) / WARMUP_STEPS) * (1 - step / FIT_STEPS)

@@ -33,7 +33,8 @@ def _logits_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.de
     """Return memory for the logits (R, V) of a chunk, of which that many rows (N,) make as few as can be, alike."""
     stride = math.ceil(columns / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
     most = max(1, CHUNK_BYTES // (stride * dtype.itemsize))
-    chunk = max(1, math.ceil(rows / max(1, math.ceil(rows / most))))
+    chunks = max(1, math.ceil(rows / most))
+    chunk = max(1, math.ceil(rows / chunks))
     memory = _memory(max(stride, CHUNK_BYTES // dtype.itemsize), dtype, device)
     return memory[: chunk * stride].view(chunk, stride)[:, :columns]
 
