@@ -1,10 +1,9 @@
 """Write text with a trained GPT-2: after one prompt, or in an interactive session."""
 
 import argparse
-import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +12,10 @@ import yaml
 from gpt2 import tokenizer
 from gpt2.cli import Parser, UserError, fail, run_command
 from gpt2.config import Device, ModelConfig, check
+from gpt2.decoding import Quantization
+from gpt2.generation import GenerationSettings, Text, Writer
 from gpt2.model import GPT2Model
 from gpt2.runtime import choose_device
-from gpt2.sampling import GenerationSettings, generate
 from gpt2.weights import load_model
 
 AnySettings = TypeVar("AnySettings", bound=GenerationSettings)
@@ -33,16 +33,16 @@ class Options(GenerationSettings):
     """What is set for the whole command."""
 
     device: Device = "auto"
+    quantize: Quantization = "none"
 
 
 def main() -> None:
     arguments = parse_arguments()
     given = {name: getattr(arguments, name) for name in Options.model_fields}
     options = change(Options(), {name: text for name, text in given.items() if text is not None})
-    settings = GenerationSettings(**options.model_dump(exclude={"device"}))
+    settings = GenerationSettings(**options.model_dump(exclude={"device", "quantize"}))
     device = choose_device(options.device)
-    if arguments.prompt is not None:
-        check_prompt(arguments.prompt)
+    text = None if arguments.prompt is None else Text(arguments.prompt, settings)
 
     model, config = load_model(find_model(arguments.model))
     if config.vocab_size != tokenizer.VOCAB_SIZE:
@@ -51,10 +51,11 @@ def main() -> None:
         )
     model.to(device)
     inform(describe(model, config, arguments.model, str(device)))
-    if arguments.prompt is not None:
-        write_text(model, arguments.prompt, settings)
+    writer = Writer(model, 1, options.quantize)
+    if text is not None:
+        write_text(writer, text)
     else:
-        converse(model, settings)
+        converse(writer, settings)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,8 +74,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--temperature", help=f"0 takes the likeliest token, 1 draws as trained (default: {defaults.temperature})")
     add("--top_k", help=f'draw from the k likeliest tokens, or "none" (default: {defaults.top_k})')
     add("--top_p", help='draw from the likeliest tokens that hold this probability, or "none" (default: none)')
+    add("--min_p", help='draw from tokens this part as likely as the likeliest, or "none" (default: none)')
+    add(
+        "--repetition_penalty", help=f"above 1 makes what is there less likely (default: {defaults.repetition_penalty})"
+    )
+    add("--stop", help="the text ends before this one (default: none)")
     add("--seed", help="repeats a text (default: another one each time)")
     add("--device", help=f"auto, cpu, cuda or mps (default: {defaults.device})")
+    add("--quantize", help=f"none, or int8 for weights that are read faster (default: {defaults.quantize})")
     return parser.parse_args()
 
 
@@ -98,16 +105,6 @@ def find_model(name: str) -> Path:
     return Path(name)
 
 
-def check_prompt(prompt: str) -> None:
-    """Raise UserError if there is nothing to continue, or it is no text."""
-    if not prompt.strip():
-        raise UserError("the prompt is empty")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError("the prompt is not UTF-8 text") from None
-
-
 def describe(model: GPT2Model, config: ModelConfig, name: str, device: str) -> str:
     shape = ", ".join(
         f"{key} {getattr(config, key)}" for key in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_len")
@@ -115,34 +112,22 @@ def describe(model: GPT2Model, config: ModelConfig, name: str, device: str) -> s
     return f"{name}: GPT-2 with {model.count_parameters() / 1e6:.1f}M parameters ({shape}) on {device}"
 
 
-def write_text(model: GPT2Model, prompt: str, settings: GenerationSettings) -> None:
+def write_text(writer: Writer, text: Text) -> None:
     """Print the prompt and, token by token, what follows it; then the seed, time and speed on standard error."""
-    tokens = tokenizer.encode(prompt)
-    if len(tokens) > model.max_len:
-        inform(
-            f"the prompt has {len(tokens)} tokens; the first {len(tokens) - model.max_len} are cut, beyond its context"
-        )
-    seed = secrets.randbelow(2**31) if settings.seed is None else settings.seed
-    count = 0
-
-    def counted() -> Iterator[int]:
-        nonlocal count
-        for token in generate(model, tokens, settings.max_tokens, settings, seed):
-            count += 1
-            yield token
-
+    if (cut := len(text.tokens) - writer.max_len) > 0:
+        inform(f"the prompt has {len(text.tokens)} tokens; the first {cut} are cut, beyond its context")
     started = time.perf_counter()
-    print(prompt, end="", flush=True)
+    print(text.prompt, end="", flush=True)
     try:
-        for text in tokenizer.decode_stream(counted()):
-            print(text, end="", flush=True)
+        for _, part in writer.write(deque([text])):
+            print(part, end="", flush=True)
     finally:
         print(flush=True)
     seconds = time.perf_counter() - started
-    inform(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, seed {seed}")
+    inform(f"{text.written} tokens in {seconds:.2f} s, {text.written / seconds:.1f} tokens/s, seed {text.seed}")
 
 
-def converse(model: GPT2Model, settings: GenerationSettings) -> None:
+def converse(writer: Writer, settings: GenerationSettings) -> None:
     """Read prompts and commands from standard input until it ends or the user quits."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  gives input() line editing and a history
@@ -168,8 +153,7 @@ def converse(model: GPT2Model, settings: GenerationSettings) -> None:
                 settings = set_one(settings, rest)
             case _:
                 try:
-                    check_prompt(line)
-                    write_text(model, line, settings)
+                    write_text(writer, Text(line, settings))
                 except UserError as error:
                     fail(error)
                 except KeyboardInterrupt:

@@ -1,17 +1,18 @@
 """Stage sample: the trained model continues every prompt under every setting, as a table and as a page to read."""
 
 import csv
+import itertools
+from typing import Any
 
 import pandas as pd
 
-from gpt2 import tokenizer
 from gpt2.cli import run_command
-from gpt2.config import SampleParams, load_params
+from gpt2.config import SampleParams, SamplingParams, load_params
 from gpt2.files import write_text
+from gpt2.generation import GenerationSettings, Text, write_all
 from gpt2.model import GPT2Model
 from gpt2.project import MODEL, PARAMS, SAMPLES
 from gpt2.runtime import choose_device, use_threads
-from gpt2.sampling import generate
 from gpt2.weights import load_model
 
 
@@ -28,12 +29,13 @@ def main() -> None:
 
 def sample(model: GPT2Model, params: SampleParams) -> pd.DataFrame:
     """Return one row for each prompt and setting."""
-    rows = []
-    for prompt in params.prompts:
-        for setting in params.settings:
-            tokens = generate(model, tokenizer.encode(prompt), params.max_tokens, setting, params.seed)
-            text = "".join(tokenizer.decode_stream(tokens))
-            rows.append({"prompt": prompt, **setting.model_dump(), "seed": params.seed, "text": text})
+    asked = list(itertools.product(params.prompts, params.settings))
+    fixed: dict[str, Any] = {"max_tokens": params.max_tokens, "seed": params.seed}
+    texts = [Text(prompt, GenerationSettings(**setting.model_dump(), **fixed)) for prompt, setting in asked]
+    rows = [
+        {"prompt": prompt, **setting.model_dump(), "seed": params.seed, "text": text}
+        for (prompt, setting), text in zip(asked, write_all(model, texts), strict=True)
+    ]
     return pd.DataFrame(rows).astype({"top_k": "Int64"})
 
 
@@ -43,7 +45,7 @@ def page(table: pd.DataFrame) -> str:
     for prompt, rows in table.groupby("prompt", sort=False):
         parts.append(f"## {prompt}\n")
         for row in rows.to_dict("records"):
-            names = ("temperature", "top_k", "top_p", "seed")
+            names = (*SamplingParams.model_fields, "seed")
             setting = ", ".join(f"{name} {row[name]}" for name in names if pd.notna(row[name]))
             text = str(row["text"]).replace("\n", "\n> ")
             parts.append(f"*{setting}*\n\n> **{prompt}**{text}\n")

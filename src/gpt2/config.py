@@ -96,6 +96,8 @@ class SamplingParams(Section):
     temperature: Annotated[Float, Field(ge=0)]
     top_k: Count | None = None
     top_p: Annotated[Float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[Float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[Float, Field(gt=0)] = 1.0
 
 
 class SampleParams(Section):

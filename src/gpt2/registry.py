@@ -16,8 +16,8 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from gpt2 import tracking
 from gpt2.cli import UserError
+from gpt2.generation import GenerationSettings
 from gpt2.loss import perplexity
-from gpt2.sampling import GenerationSettings
 from gpt2.tracking import COMMIT, ENVIRONMENT, MODEL_SHA256, store_lock
 from gpt2.weights import WEIGHTS, load_model, read_config
 
@@ -28,12 +28,15 @@ DEFAULTS = GenerationSettings()
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt")]),
     outputs=Schema([ColSpec(DataType.string, "text")]),
-    params=ParamSchema(  # a schema knows no null: top_k 0 and top_p 1 keep all tokens
+    params=ParamSchema(  # a schema knows no null: serving.py says which value stands for it
         [
             ParamSpec("temperature", DataType.double, DEFAULTS.temperature),
             ParamSpec("top_k", DataType.long, DEFAULTS.top_k or 0),
-            ParamSpec("top_p", DataType.double, DEFAULTS.top_p or 1.0),
+            ParamSpec("top_p", DataType.double, DEFAULTS.top_p or 0.0),
+            ParamSpec("min_p", DataType.double, DEFAULTS.min_p or 0.0),
+            ParamSpec("repetition_penalty", DataType.double, DEFAULTS.repetition_penalty),
             ParamSpec("max_tokens", DataType.long, DEFAULTS.max_tokens),
+            ParamSpec("stop", DataType.string, DEFAULTS.stop or ""),
             ParamSpec("seed", DataType.long, 0),
         ]
     ),

@@ -1,6 +1,11 @@
 """The model as MLflow serves it: MLflow runs this file when it loads a registered model."""
 
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pandas as pd
@@ -8,36 +13,93 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from gpt2 import tokenizer
 from gpt2.cli import UserError
 from gpt2.config import check
-from gpt2.sampling import GenerationSettings, generate
+from gpt2.generation import MAX_ROWS, GenerationSettings, Text, Writer
+from gpt2.model import GPT2Model
 from gpt2.weights import load_model
+
+NONE_IF_FALSE = ("top_k", "top_p", "min_p", "stop")  # a schema knows no null; 0 and "" stand for it
+
+
+class Desk:
+    """Lets many threads write with one model: their texts grow side by side, those that came first first."""
+
+    def __init__(self, model: GPT2Model) -> None:
+        self._writer = Writer(model, MAX_ROWS)
+        self._waiting: deque[Text] = deque()
+        self._readers: dict[Text, SimpleQueue[str | Exception | None]] = {}
+        self._arrived = threading.Event()
+        threading.Thread(target=self._write, daemon=True).start()
+
+    def order(self, texts: list[Text]) -> list[Iterator[str]]:
+        """Return what each text goes on with, part by part. Reading raises what went wrong in writing."""
+        readers: list[SimpleQueue[str | Exception | None]] = [SimpleQueue() for _ in texts]
+        self._readers.update(zip(texts, readers, strict=True))
+        self._waiting.extend(texts)
+        self._arrived.set()
+        return [self._read(reader) for reader in readers]
+
+    @staticmethod
+    def _read(reader: "SimpleQueue[str | Exception | None]") -> Iterator[str]:
+        while (part := reader.get()) is not None:
+            if isinstance(part, Exception):
+                raise part
+            yield part
+
+    def _write(self) -> None:
+        while self._arrived.wait():
+            self._arrived.clear()
+            try:
+                for text, part in self._writer.write(self._waiting):
+                    self._readers[text].put(part)
+                    if text.ended:
+                        self._readers.pop(text).put(None)
+            except Exception as error:  # every reader learns of it, and the next texts are tried anew
+                self._waiting.clear()
+                while self._readers:
+                    self._readers.popitem()[1].put(error)
 
 
 class TextGenerator(PythonModel):
-    """Continues prompts. Parameters and their defaults stand in the model's signature; top_k 0 means all tokens."""
+    """Continues prompts. The parameters and their defaults stand in the model's signature.
+
+    All methods raise MlflowException, which a server answers with status 400, for what cannot be used.
+    """
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights once, verified."""
-        self.model, _ = load_model(Path(context.artifacts["model"]))
+        model, _ = load_model(Path(context.artifacts["model"]))
+        self.desk = Desk(model)
+        logging.getLogger("mlflow.models.utils").addFilter(refuse_unknown_params)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Return the text that follows each prompt, one row each. Raises MlflowException for what cannot be used."""
-        given = params or {}
+        """Return the text that follows each prompt, one row each."""
+        return pd.DataFrame({"text": ["".join(parts) for parts in self._order(model_input, params)]})
+
+    def predict_stream(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> Iterator[str]:
+        """Yield the text that follows the prompts, each one's after the other's, as soon as it is written."""
+        for parts in self._order(model_input, params):
+            yield from parts
+
+    def _order(self, model_input: pd.DataFrame, params: dict[str, Any] | None) -> list[Iterator[str]]:
+        given = {name: (value or None) if name in NONE_IF_FALSE else value for name, value in (params or {}).items()}
         try:
-            settings = check(GenerationSettings, {"seed": 0, **given, "top_k": given.get("top_k") or None}, "params")
+            settings = check(GenerationSettings, {"seed": 0, **given}, "params")
+            return self.desk.order([Text(prompt, settings) for prompt in model_input["prompt"]])
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
-        if not all(model_input["prompt"]):
-            raise MlflowException.invalid_parameter_value("a prompt is empty")
-        texts = []
-        for prompt in model_input["prompt"]:
-            tokens = generate(self.model, tokenizer.encode(prompt), settings.max_tokens, settings, settings.seed or 0)
-            texts.append("".join(tokenizer.decode_stream(tokens)))
-        return pd.DataFrame({"text": texts})
+
+
+def refuse_unknown_params(record: logging.LogRecord) -> bool:
+    """Raise MlflowException for the warning with which MLflow would pass over params that the signature lacks."""
+    if "Unrecognized params" in record.getMessage():
+        raise MlflowException.invalid_parameter_value(record.getMessage().replace(" are ignored for inference", ""))
+    return True
 
 
 set_model(TextGenerator())

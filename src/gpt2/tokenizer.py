@@ -6,7 +6,7 @@ tiktoken's own `get_encoding("gpt2")` downloads the same two files; here their h
 import codecs
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,10 +59,37 @@ def encode(text: str) -> list[int]:
     return [token for part in parts for token in tokenizer.encode_ordinary(part)]
 
 
-def decode_stream(tokens: Iterable[int]) -> Iterator[str]:
-    """Yield the text of each token as soon as its characters are whole; broken UTF-8 becomes U+FFFD."""
-    tokenizer = load_tokenizer()
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        yield decoder.decode(tokenizer.decode_single_token_bytes(token))
-    yield decoder.decode(b"", final=True)
+def decode(tokens: Iterable[int]) -> str:
+    """Return the text of tokens; broken UTF-8 becomes U+FFFD."""
+    stream = TextStream()
+    return "".join([*map(stream.push, tokens), stream.finish()])
+
+
+class TextStream:
+    """Text from tokens one by one, each character as soon as it is whole, up to a stop string if there is one."""
+
+    def __init__(self, stop: str | None = None) -> None:
+        self.stopped = False
+        self._stop = stop
+        self._held = ""  # what may be the beginning of the stop string
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """Return what can be shown now; nothing that stands after the stop string, nor it itself."""
+        return self._show(self._decoder.decode(load_tokenizer().decode_single_token_bytes(token)))
+
+    def finish(self) -> str:
+        """Return what was held back and will not go on; broken UTF-8 becomes U+FFFD."""
+        return self._show(self._decoder.decode(b"", final=True)) + ("" if self.stopped else self._held)
+
+    def _show(self, text: str) -> str:
+        if self._stop is None or self.stopped:
+            return "" if self.stopped else text
+        text = self._held + text
+        before, found, _ = text.partition(self._stop)
+        if found:
+            self.stopped = True
+            return before
+        held = next(n for n in range(len(self._stop) - 1, -1, -1) if text.endswith(self._stop[:n]))
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]

@@ -1,0 +1,153 @@
+"""The trained model arranged for writing: texts side by side, which grow by a token each at a time.
+
+A token's time goes into reading the weights. Here they lie as the processor reads them fastest, those of query, key and
+value in one matrix, and if asked for in int8. The logits are GPT2Model's, to rounding; int8 changes them a little.
+
+Shapes: B texts, each in a row; R of these rows; T positions, C d_model, H heads, D head size, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2.cache import KeyValueCache
+from gpt2.cli import UserError
+from gpt2.model import GPT2Model, TransformerBlock
+
+Quantization = Literal["none", "int8"]
+Map = Callable[[Tensor], Tensor]
+
+
+class Decoder:
+    """Gives the logits of the next token of up to B texts, each of at most max_len tokens.
+
+    Raises UserError if int8 is asked for and the model is not on the CPU.
+    """
+
+    def __init__(self, model: GPT2Model, rows: int, quantization: Quantization = "none") -> None:
+        self.rows, self._max_len = rows, model.max_len
+        self._device = model.output_projection.weight.device
+        if quantization == "int8" and self._device.type != "cpu":
+            raise UserError(f"int8 weights are for the CPU, not {self._device.type}")
+        self._embed, self._embed_position = model.token_embedding, model.position_embedding
+        self._blocks = [
+            _Block(block, quantization) for block in model.transformer_blocks if isinstance(block, TransformerBlock)
+        ]
+        self._layer_norm = model.layer_norm
+        self._project = fast_linear(model.output_projection.weight, quantization=quantization)
+        n_heads, width = self._blocks[0].n_heads, model.token_embedding.embedding_dim
+        self._cache = KeyValueCache(
+            n_layers=len(self._blocks),
+            rows=rows,
+            n_heads=n_heads,
+            max_len=self._max_len,
+            head_size=width // n_heads,
+            device=self._device,
+        )
+        self._replay = self._record() if self._device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def begin(self, texts: dict[int, list[int]]) -> Tensor:
+        """Put texts of token ids, by row, in place of what the rows held; return the logits after them (R, V)."""
+        lengths = [len(text) for text in texts.values()]
+        tokens = torch.zeros(len(texts), max(lengths), dtype=torch.long)  # (R, T); what follows a text, none looks at
+        for row, text in zip(tokens, texts.values(), strict=True):
+            row[: len(text)] = torch.tensor(text)
+        self._cache.begin(torch.tensor(list(texts), device=self._device), tokens.shape[1])
+        features = self._features(tokens.to(self._device))  # (R, T, C)
+        return self._project(features[range(len(texts)), [length - 1 for length in lengths]])
+
+    @torch.inference_mode()
+    def go_on(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Put a token behind each text of the first rows, at these positions; return the logits after it (R, V)."""
+        if self._replay:
+            return self._replay(torch.tensor(tokens), torch.tensor(positions))
+        new, places = (torch.tensor(numbers, device=self._device) for numbers in (tokens, positions))
+        return self._step(new, places, max(positions) + 1)
+
+    def move(self, source: int, target: int) -> None:
+        """Put the text of one row in another's place."""
+        self._cache.move(source, target)
+
+    def _step(self, tokens: Tensor, positions: Tensor, used: int) -> Tensor:
+        self._cache.go_on(positions, used)
+        return self._project(self._features(tokens[:, None])[:, 0])
+
+    def _features(self, tokens: Tensor) -> Tensor:
+        """Map token ids (R, T) to what the output projection reads (R, T, C)."""
+        x = self._embed(tokens) + self._embed_position(self._cache.positions)
+        for layer, block in enumerate(self._blocks):
+            x = block(x, partial(self._cache.attention, layer))
+        return self._layer_norm(x)
+
+    @torch.inference_mode()
+    def _record(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a step of all rows as a CUDA graph, which launches its kernels at once. It writes into the cache."""
+        tokens, positions = (torch.zeros(self.rows, dtype=torch.long, device=self._device) for _ in range(2))
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            self._step(tokens, positions, self._max_len)  # loads what must not be loaded while recording
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._step(tokens, positions, self._max_len)
+
+        def replay(new_tokens: Tensor, new_positions: Tensor) -> Tensor:
+            tokens[: len(new_tokens)] = new_tokens.to(self._device)
+            positions[: len(new_positions)] = new_positions.to(self._device)
+            graph.replay()
+            return logits[: len(new_tokens)]
+
+        return replay
+
+
+class _Block:
+    """A TransformerBlock's forward pass without dropout, from other matrices of the same weights."""
+
+    def __init__(self, block: TransformerBlock, quantization: Quantization) -> None:
+        attention, feed_forward = block.attention, block.feed_forward
+        self.n_heads = attention.n_heads
+        self.layer_norm1, self.layer_norm2 = block.layer_norm1, block.layer_norm2
+        qkv = (attention.w_q, attention.w_k, attention.w_v)
+        bias = None if attention.w_q.bias is None else torch.cat([projection.bias for projection in qkv])
+        self.w_qkv = fast_linear(torch.cat([projection.weight for projection in qkv]), bias, quantization)
+        self.w_o = fast_linear(attention.w_o.weight, attention.w_o.bias, quantization)
+        first, second = feed_forward.linear1, feed_forward.linear2
+        self.linear1 = fast_linear(first.weight, first.bias, quantization, feed_forward.approximation)
+        self.linear2 = fast_linear(second.weight, second.bias, quantization)
+
+    def __call__(self, x: Tensor, attention: Map) -> Tensor:
+        """Map (R, T, C) to (R, T, C); attention maps (R, T, 3, H, D) to (R, H, T, D)."""
+        heads = attention(self.w_qkv(self.layer_norm1(x)).unflatten(-1, (3, self.n_heads, -1)))
+        x = x + self.w_o(heads.transpose(1, 2).flatten(2))
+        return x + self.linear2(self.linear1(self.layer_norm2(x)))
+
+
+def fast_linear(
+    weight: Tensor, bias: Tensor | None = None, quantization: Quantization = "none", gelu: str | None = None
+) -> Map:
+    """Return the map of x (..., in) to x @ weight (out, in).T + bias (..., out), its weight packed for the device.
+
+    `gelu` is the approximation of a GELU behind it, if there is one.
+    """
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if quantization == "none" and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        attached, approximation = ("none", "") if gelu is None else ("gelu", gelu)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, attached, [], approximation)
+    linear: Map = partial(F.linear, weight=weight, bias=bias) if quantization == "none" else _int8_linear(weight, bias)
+    return linear if gelu is None else lambda x: F.gelu(linear(x), approximate=gelu)
+
+
+def _int8_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Return the map with PyTorch's int8 weights, to which it rounds the input too, at one scale for all rows."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}), assign=True)
+    with warnings.catch_warnings(action="ignore"):  # quantization is to move to another package
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear}, torch.qint8)
