@@ -7,7 +7,7 @@ last, and when a text has filled the context, it goes on from the later half of 
 
 import secrets
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Annotated
 
 import torch
@@ -73,7 +73,7 @@ class Writer:
         self._decoder = Decoder(model, rows, quantization)
         self.max_len = model.max_len
 
-    def write(self, waiting: deque[Text]) -> Iterator[tuple[Text, str]]:
+    def write(self, waiting: deque[Text]) -> Generator[tuple[Text, str]]:
         """Yield texts with what each goes on with, token by token, until all have ended.
 
         Texts may be added to those that wait meanwhile. Raises UserError if the model gives logits that are not finite.
@@ -103,12 +103,10 @@ class Writer:
                 continue
             new[row] = text.tokens[text.seen_from :]
         if len(new) == len(rows):
-            return self._decoder.begin(new).float().cpu()
+            return self._decoder.begin(new).cpu()
         positions = [0 if row in new else len(text.tokens) - (text.seen_from or 0) - 1 for row, text in enumerate(rows)]
-        logits = self._decoder.go_on([text.tokens[-1] for text in rows], positions).float().cpu()
-        if new:
-            logits[list(new)] = self._decoder.begin(new).float().cpu()
-        return logits
+        logits = self._decoder.go_on([text.tokens[-1] for text in rows], positions).cpu()
+        return logits.index_copy(0, torch.tensor(list(new)), self._decoder.begin(new).cpu()) if new else logits
 
 
 def write_all(model: GPT2Model, texts: Iterable[Text]) -> list[str]:

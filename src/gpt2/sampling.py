@@ -4,6 +4,7 @@ Shapes: V vocabulary, or what a filter before has left of it; N tokens of a text
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < logits.max() + math.log(p), -torch.inf)
 
 
-def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator, text: list[int]) -> int:
+def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator, text: Sequence[int]) -> int:
     """Draw the token that follows a text (N,) from logits (V,) on the CPU.
 
     The repetition penalty comes first. At temperature 0 the largest is taken, else one is drawn from those that top_k

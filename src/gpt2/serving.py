@@ -77,20 +77,21 @@ class TextGenerator(PythonModel):
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """Return the text that follows each prompt, one row each."""
-        return pd.DataFrame({"text": ["".join(parts) for parts in self._order(model_input, params)]})
+        texts = self._order(list(model_input["prompt"]), params)
+        return pd.DataFrame({"text": ["".join(parts) for parts in texts]})
 
     def predict_stream(
-        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+        self, context: PythonModelContext, model_input: dict[str, str], params: dict[str, Any] | None = None
     ) -> Iterator[str]:
-        """Yield the text that follows the prompts, each one's after the other's, as soon as it is written."""
-        for parts in self._order(model_input, params):
-            yield from parts
+        """Yield the text that follows one prompt, {"prompt": ...}, part by part as it is written."""
+        [parts] = self._order([model_input["prompt"]], params)
+        yield from parts
 
-    def _order(self, model_input: pd.DataFrame, params: dict[str, Any] | None) -> list[Iterator[str]]:
+    def _order(self, prompts: list[str], params: dict[str, Any] | None) -> list[Iterator[str]]:
         given = {name: (value or None) if name in NONE_IF_FALSE else value for name, value in (params or {}).items()}
         try:
             settings = check(GenerationSettings, {"seed": 0, **given}, "params")
-            return self.desk.order([Text(prompt, settings) for prompt in model_input["prompt"]])
+            return self.desk.order([Text(prompt, settings) for prompt in prompts])
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gpt2 import tokenizer
 from gpt2.corpus import SPLITS, Document
 from gpt2.token_files import cut_at_spaces, write_token_files
-from gpt2.tokenizer import END_OF_TEXT_ID, decode_stream, encode
+from gpt2.tokenizer import END_OF_TEXT_ID, decode, encode
 
 ErrorLine = Callable[[Callable[[], object]], str]
 TEXTS = [f"Document {i}:  naïve 日本語 👧\r\n\n <|endoftext|> don't {'x ' * i}" for i in range(12)]
@@ -61,7 +61,7 @@ def test_tokens_decode_to_the_documents_with_end_of_text_between(tmp_path: Path)
         assert first == sum(found[row["split"]])
         found[row["split"]].append(count)
         assert tokens[first : first + count] == [*encode(text), END_OF_TEXT_ID]
-        assert "".join(decode_stream(tokens[first : first + count - 1])) == text
+        assert decode(tokens[first : first + count - 1]) == text
         assert int(row["bytes"]) == len(text.encode())
         assert row["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
@@ -113,9 +113,9 @@ def test_long_run_without_borders_is_tokenized_all_the_same(tmp_path: Path) -> N
     write_token_files(documents, tmp_path / "tokens", "runs", 0.2, 0.2)
     for row, end in zip(read_rows(tmp_path / "tokens"), ["", " end", "\n" * 9], strict=True):
         tokens = np.fromfile(tmp_path / "tokens" / f"{row['split']}.bin", dtype="<u2").tolist()
-        assert "".join(decode_stream(tokens[:-1])) == run + end
+        assert decode(tokens[:-1]) == run + end
 
 
 def test_long_white_space_inside_a_piece_is_tokenized_all_the_same() -> None:
     tokens = [token for part in cut_at_spaces([" " * 1_000_001 + "a b"]) for token in encode(part)]
-    assert "".join(decode_stream(tokens)) == " " * 1_000_001 + "a b"
+    assert decode(tokens) == " " * 1_000_001 + "a b"

@@ -1,11 +1,9 @@
-from operator import length_hint
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2 import tokenizer
-from gpt2.tokenizer import decode_stream, encode, load_tokenizer
+from gpt2.tokenizer import TextStream, decode, encode, load_tokenizer
 
 MANY_BYTES = "naïve 日本語の文章 👩‍👩‍👧‍👦 🇯🇵 ﷽ e\u0301"
 
@@ -23,37 +21,51 @@ def test_known_text_has_the_ids_of_gpt2() -> None:
 @given(st.text())
 def test_text_survives_a_round_trip(text: str) -> None:
     tokens = encode(text)
-    assert "".join(decode_stream(tokens)) == text
+    assert decode(tokens) == text
     assert all(0 <= token < tokenizer.END_OF_TEXT_ID for token in tokens)
 
 
 def test_end_of_text_written_out_is_ordinary_text() -> None:
     tokens = encode("a<|endoftext|>b")
     assert tokenizer.END_OF_TEXT_ID not in tokens
-    assert "".join(decode_stream(tokens)) == "a<|endoftext|>b"
+    assert decode(tokens) == "a<|endoftext|>b"
 
 
 def test_end_of_text_token_decodes_to_its_name() -> None:
-    assert "".join(decode_stream([tokenizer.END_OF_TEXT_ID])) == tokenizer.END_OF_TEXT
+    assert decode([tokenizer.END_OF_TEXT_ID]) == tokenizer.END_OF_TEXT
 
 
-def test_decode_stream_never_breaks_a_character() -> None:
+def test_stream_never_breaks_a_character() -> None:
     tokens = encode(MANY_BYTES)
     assert "\ufffd" in "".join(load_tokenizer().decode([token]) for token in tokens)  # else it would prove nothing
-    parts = list(decode_stream(tokens))
+    stream = TextStream()
+    parts = [*map(stream.push, tokens), stream.finish()]
     assert "\ufffd" not in "".join(parts)
     assert "".join(parts) == MANY_BYTES
 
 
-def test_decode_stream_gives_each_text_as_soon_as_it_is_whole() -> None:
-    tokens = iter(encode("one two three"))
-    stream = decode_stream(tokens)
-    assert (next(stream), length_hint(tokens)) == ("one", 2)
-    assert (next(stream), length_hint(tokens)) == (" two", 1)
+def test_stream_shows_each_text_as_soon_as_it_is_whole() -> None:
+    stream = TextStream()
+    assert [stream.push(token) for token in encode("one two three")] == ["one", " two", " three"]
 
 
-def test_decode_stream_marks_what_stays_broken() -> None:
-    assert "".join(decode_stream(encode("👧")[:1])) == "\ufffd"
+@given(st.text("ab", max_size=20), st.text("ab", min_size=1, max_size=4))
+def test_stream_ends_before_the_stop_string(text: str, stop: str) -> None:
+    stream, shown = TextStream(stop), ""
+    for letter in text:
+        shown += stream.push(*encode(letter))
+        assert text.startswith(shown) and stop not in shown
+    assert stream.stopped == (stop in text)
+    assert shown + stream.finish() == text.partition(stop)[0]
+
+
+def test_stream_holds_back_only_what_may_become_the_stop_string() -> None:
+    stream = TextStream("\n\nThe")
+    assert [stream.push(token) for token in encode("war\n\na\n\nThe")] == ["war", "", "", "\n\na", "", "", ""]
+
+
+def test_decoding_marks_what_stays_broken() -> None:
+    assert decode(encode("👧")[:1]) == "\ufffd"
 
 
 def test_files_of_another_tokenizer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

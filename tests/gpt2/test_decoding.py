@@ -1,0 +1,69 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2.decoding import Decoder, fast_linear
+from gpt2.model import GPT2Model
+
+MakeModel = Callable[..., GPT2Model]
+OPENAI = {"tie_weights": True, "qkv_bias": True, "activation": "gelu_tanh"}
+
+
+def logits_of(model: GPT2Model, texts: list[list[int]]) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack([model(torch.tensor([text]))[0, -1] for text in texts])
+
+
+@pytest.mark.parametrize("changes", [{}, OPENAI, {"n_heads": 1, "n_layers": 1}])
+def test_logits_are_the_models(make_model: MakeModel, changes: dict[str, Any]) -> None:
+    model = make_model(random=True, **changes)
+    decoder = Decoder(model, rows=3)
+    texts = [[3, 1, 4, 1, 5], [9], [2, 6]]
+    found = decoder.begin(dict(enumerate(texts)))
+    torch.testing.assert_close(found, logits_of(model, texts), atol=1e-5, rtol=1e-5)
+    for new in ([7, 8, 9], [1, 1, 2], [5, 60, 0]):
+        positions = [len(text) for text in texts]
+        for text, token in zip(texts, new, strict=True):
+            text.append(token)
+        found = decoder.go_on(new, positions)
+        torch.testing.assert_close(found, logits_of(model, texts), atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_begins_anew_while_others_go_on(make_model: MakeModel) -> None:
+    model = make_model(random=True)
+    decoder = Decoder(model, rows=3)
+    decoder.begin({0: [3, 1, 4], 1: [1, 5, 9, 2, 6], 2: [8]})
+    found = decoder.begin({1: [7, 7]})
+    torch.testing.assert_close(found, logits_of(model, [[7, 7]]), atol=1e-5, rtol=1e-5)
+    found = decoder.go_on([1, 2], [3, 2])  # the last row waits
+    torch.testing.assert_close(found, logits_of(model, [[3, 1, 4, 1], [7, 7, 2]]), atol=1e-5, rtol=1e-5)
+    decoder.move(2, 0)
+    torch.testing.assert_close(decoder.go_on([6], [1]), logits_of(model, [[8, 6]]), atol=1e-5, rtol=1e-5)
+
+
+def test_texts_fill_the_context(make_model: MakeModel) -> None:
+    model = make_model(random=True, max_len=4)
+    decoder = Decoder(model, rows=1)
+    decoder.begin({0: [3, 1, 4]})
+    found = decoder.go_on([1], [3])
+    torch.testing.assert_close(found, logits_of(model, [[3, 1, 4, 1]]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(5)])
+@pytest.mark.parametrize("gelu", [None, "none", "tanh"])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_packed_weights_map_alike(bias: torch.Tensor | None, gelu: str | None, rows: int) -> None:
+    weight, x = torch.randn(5, 8), torch.randn(rows, 2, 8)
+    expected = F.linear(x, weight, bias)
+    expected = expected if gelu is None else F.gelu(expected, approximate=gelu)
+    torch.testing.assert_close(fast_linear(weight, bias, gelu=gelu)(x), expected, atol=1e-6, rtol=1e-5)
+    coarse = fast_linear(weight, bias, "int8", gelu)(x)
+    assert 0 < (coarse - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_int8_is_for_the_cpu(make_model: MakeModel, error_line: Callable[[Callable[[], object]], str]) -> None:
+    model = make_model().to("meta")
+    assert "int8 weights are for the CPU, not meta" in error_line(lambda: Decoder(model, 1, "int8"))

@@ -1,0 +1,115 @@
+"""The model as MLflow loads it, without a registry or a server; the pipeline's tests ask a real server."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PyFuncModel
+
+import gpt2
+from gpt2.config import ModelParams
+from gpt2.generation import GenerationSettings, Text, write_all
+from gpt2.model import GPT2Model
+from gpt2.registry import FOLDER, SIGNATURE
+from gpt2.tokenizer import VOCAB_SIZE
+from gpt2.weights import load_model, save_model
+
+PROMPTS = pd.DataFrame({"prompt": ["The war", "One nation"]})
+
+
+@pytest.fixture(scope="module")
+def weights(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[..., GPT2Model],
+    make_model_params: Callable[..., ModelParams],
+) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    save_model(make_model(vocab_size=VOCAB_SIZE, random=True), make_model_params(), VOCAB_SIZE, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> PyFuncModel:
+    folder = tmp_path_factory.mktemp("served") / "model"
+    serving = Path(gpt2.__file__).with_name("serving.py")
+    mlflow.pyfunc.save_model(
+        folder, python_model=str(serving), artifacts={FOLDER: str(weights)}, signature=SIGNATURE, pip_requirements=[]
+    )
+    return mlflow.pyfunc.load_model(str(folder))
+
+
+def texts(served: PyFuncModel, **params: Any) -> list[str]:
+    found = served.predict(PROMPTS, params=params)
+    assert isinstance(found, pd.DataFrame)
+    return list(found["text"])
+
+
+def by_hand(weights: Path, **settings: Any) -> list[str]:
+    model, _ = load_model(weights)
+    return write_all(model, [Text(prompt, GenerationSettings(**settings)) for prompt in PROMPTS["prompt"]])
+
+
+def test_predict_writes_what_the_library_does(served: PyFuncModel, weights: Path) -> None:
+    found = texts(served, temperature=1.2, top_k=0, top_p=0.9, min_p=0.0, stop="", max_tokens=9, seed=3)
+    assert found == by_hand(weights, temperature=1.2, top_k=None, top_p=0.9, max_tokens=9, seed=3)
+    assert texts(served) == by_hand(weights, seed=0)
+
+
+def test_predict_stream_yields_the_same_in_parts(served: PyFuncModel) -> None:
+    parts = list(served.predict_stream({"prompt": "The war"}, params={"max_tokens": 6}))
+    assert len(parts) == 6
+    assert "".join(map(str, parts)) == texts(served, max_tokens=6)[0]
+
+
+def test_many_threads_get_each_their_own(served: PyFuncModel) -> None:
+    def ask(seed: int) -> str:
+        return texts(served, seed=seed, max_tokens=12)[0]
+
+    alone = [ask(seed) for seed in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(ask, range(24))) == alone
+    assert len(set(alone)) > 20
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"temperatur": 1.0}, "temperatur"),
+        ({"temperature": -1.0}, "temperature should be greater than or equal to 0"),
+        ({"top_p": 1.5}, "top_p should be less than or equal to 1"),
+        ({"max_tokens": 0}, "max_tokens should be greater than 0"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"seed": -1}, "seed should be greater than or equal to 0"),
+    ],
+)
+def test_params_that_cannot_be_used_are_the_clients_error(
+    served: PyFuncModel, params: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(MlflowException, match=words) as caught:
+        texts(served, **params)
+    assert caught.value.get_http_status_code() == 400
+
+
+def test_an_empty_prompt_is_the_clients_error(served: PyFuncModel) -> None:
+    with pytest.raises(MlflowException, match="the prompt is empty") as caught:
+        served.predict(pd.DataFrame({"prompt": ["The war", ""]}))
+    assert caught.value.get_http_status_code() == 400
+
+
+def test_what_breaks_a_text_reaches_its_reader_and_the_next_is_tried_anew(
+    served: PyFuncModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Text, logits: object) -> Iterator[str]:
+        raise RuntimeError("broken on purpose")
+
+    before = texts(served)
+    with monkeypatch.context() as patch:
+        patch.setattr(Text, "write", fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            texts(served)
+    assert texts(served) == before
