@@ -1,13 +1,10 @@
 """Stage evaluate: the trained model's perplexity on the test split."""
 
-import math
-
 from gpt2.batches import load_tokens
 from gpt2.cli import run_command
 from gpt2.config import load_params
-from gpt2.evaluation import mean_loss_of_text
+from gpt2.evaluation import describe, summarize, token_losses
 from gpt2.files import read_json, write_json
-from gpt2.loss import perplexity
 from gpt2.project import METRICS, MODEL, PARAMS, TOKENS
 from gpt2.runtime import autocast, choose_device, choose_precision, keep_freed_memory, use_threads
 from gpt2.weights import load_model
@@ -22,17 +19,10 @@ def main() -> None:
     text_bytes = read_json(TOKENS / "meta.json")["splits"]["test"]["bytes"]
     model, _ = load_model(MODEL)
     with autocast(device, choose_precision(params.train.precision, device)):
-        loss = mean_loss_of_text(model.to(device), tokens, params.evaluate.stride, params.evaluate.batch_size)
-    metrics = {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "bits_per_byte": loss * len(tokens) / math.log(2) / text_bytes,
-        "tokens": len(tokens),
-        "bytes": text_bytes,
-        "stride": params.evaluate.stride,
-    }
+        losses = token_losses(model.to(device), tokens, params.evaluate.stride, params.evaluate.batch_size)
+    metrics = summarize(losses, text_bytes) | {"stride": params.evaluate.stride}
     write_json(METRICS / "evaluate.json", metrics)
-    print(f"test loss {loss:.4f}, perplexity {metrics['perplexity']:.2f}, {metrics['bits_per_byte']:.4f} bits per byte")
+    print(f"test {describe(metrics)}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,26 @@
-"""Write text with a trained GPT-2: after one prompt, or in an interactive session."""
+"""Write text with a trained GPT-2, after one prompt or in an interactive session; or score a text under it."""
 
 import argparse
+import io
 import sys
-import time
-from collections import deque
 from pathlib import Path
-from typing import Any, TypeVar
 
-import yaml
+import numpy as np
 
 from gpt2 import tokenizer
-from gpt2.cli import Parser, UserError, fail, run_command
-from gpt2.config import Device, ModelConfig, check
+from gpt2.cli import Parser, UserError, run_command
+from gpt2.config import Device, ModelConfig
 from gpt2.decoding import Quantization
+from gpt2.evaluation import describe, predict, summarize, token_losses
 from gpt2.generation import GenerationSettings, Text, Writer
 from gpt2.model import GPT2Model
-from gpt2.runtime import choose_device
+from gpt2.runtime import autocast, choose_device, choose_precision, keep_freed_memory
+from gpt2.session import change, converse, inform, write_text
 from gpt2.weights import load_model
 
-AnySettings = TypeVar("AnySettings", bound=GenerationSettings)
-
 DEFAULT_MODEL = "models:/gpt2@champion"
-HELP = """\
-Type a prompt, or one of:
-  set NAME VALUE   change a setting, e.g. set temperature 1.2, set top_k none, set max_tokens 100, set seed 7
-  settings         show the settings
-  help             show this text
-  quit             leave (so does Ctrl-D); Ctrl-C stops a text"""
+SCORE_BATCH = 8  # windows
+EXPLAINED, CONTEXT_CHARACTERS, TOKEN_CHARACTERS = 10, 32, 18
 
 
 class Options(GenerationSettings):
@@ -37,12 +31,20 @@ class Options(GenerationSettings):
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal cannot show
     arguments = parse_arguments()
-    given = {name: getattr(arguments, name) for name in Options.model_fields}
-    options = change(Options(), {name: text for name, text in given.items() if text is not None})
+    given = {name: text for name in Options.model_fields if (text := getattr(arguments, name)) is not None}
+    options = change(Options(), given)
     settings = GenerationSettings(**options.model_dump(exclude={"device", "quantize"}))
     device = choose_device(options.device)
     text = None if arguments.prompt is None else Text(arguments.prompt, settings)
+    scored = None
+    if arguments.score is not None:
+        refuse_beside_score([*given, *([] if text is None else ["prompt"])])
+        scored = read_text(arguments.score)
+    elif arguments.explain:
+        raise UserError("--explain needs --score FILE")
 
     model, config = load_model(find_model(arguments.model))
     if config.vocab_size != tokenizer.VOCAB_SIZE:
@@ -50,7 +52,11 @@ def main() -> None:
             f"{arguments.model} has a vocabulary of {config.vocab_size}, not GPT-2's {tokenizer.VOCAB_SIZE}"
         )
     model.to(device)
-    inform(describe(model, config, arguments.model, str(device)))
+    inform(describe_model(model, config, arguments.model, str(device)))
+    if scored is not None:
+        with autocast(device, choose_precision("auto", device)):
+            score(model, scored, arguments.explain)
+        return
     writer = Writer(model, 1, options.quantize)
     if text is not None:
         write_text(writer, text)
@@ -82,18 +88,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", help="repeats a text (default: another one each time)")
     add("--device", help=f"auto, cpu, cuda or mps (default: {defaults.device})")
     add("--quantize", help=f"none, or int8 for weights that are read faster (default: {defaults.quantize})")
+    add(
+        "--score",
+        metavar="FILE",
+        help='print the perplexity and bits per byte of a text file, or of "-", standard input',
+    )
+    add("--explain", action="store_true", help="with --score: show the most surprising tokens too")
     return parser.parse_args()
-
-
-def change(settings: AnySettings, texts: dict[str, str]) -> AnySettings:
-    """Return settings with some replaced by what a user typed. Raises UserError that names all that is wrong."""
-    values: dict[str, Any] = settings.model_dump()
-    for name, text in texts.items():
-        try:
-            values[name] = None if text.lower() in ("none", "off") else yaml.safe_load(text)
-        except Exception:  # YAML's tags and depths make PyYAML fail in ways of their own
-            values[name] = text
-    return check(type(settings), values, "settings")
 
 
 def find_model(name: str) -> Path:
@@ -105,82 +106,67 @@ def find_model(name: str) -> Path:
     return Path(name)
 
 
-def describe(model: GPT2Model, config: ModelConfig, name: str, device: str) -> str:
+def describe_model(model: GPT2Model, config: ModelConfig, name: str, device: str) -> str:
     shape = ", ".join(
         f"{key} {getattr(config, key)}" for key in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_len")
     )
     return f"{name}: GPT-2 with {model.count_parameters() / 1e6:.1f}M parameters ({shape}) on {device}"
 
 
-def write_text(writer: Writer, text: Text) -> None:
-    """Print the prompt and, token by token, what follows it; then the seed, time and speed on standard error."""
-    if (cut := len(text.tokens) - writer.max_len) > 0:
-        inform(f"the prompt has {len(text.tokens)} tokens; the first {cut} are cut, beyond its context")
-    started = time.perf_counter()
-    print(text.prompt, end="", flush=True)
+def refuse_beside_score(given: list[str]) -> None:
+    """Raise UserError if an option was given that is for writing only."""
+    if unused := [f"--{name}" for name in given if name != "device"]:
+        raise UserError(f"--score writes no text: leave out {', '.join(unused)}")
+
+
+def read_text(name: str) -> str:
+    """Return the text of a file, or of standard input if its name is "-". Raises UserError."""
+    shown = "standard input" if name == "-" else name
     try:
-        for _, part in writer.write(deque([text])):
-            print(part, end="", flush=True)
-    finally:
-        print(flush=True)
-    seconds = time.perf_counter() - started
-    inform(f"{text.written} tokens in {seconds:.2f} s, {text.written / seconds:.1f} tokens/s, seed {text.seed}")
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        text = data.decode()
+    except OSError as error:
+        raise UserError(f"{shown} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{shown} is not UTF-8 text") from None
+    if not text:
+        raise UserError(f"{shown} is empty")
+    return text
 
 
-def converse(writer: Writer, settings: GenerationSettings) -> None:
-    """Read prompts and commands from standard input until it ends or the user quits."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  gives input() line editing and a history
+def score(model: GPT2Model, text: str, explain: bool) -> None:
+    """Print how well the model foretells a text, which ends with <|endoftext|> as the corpus's documents do.
 
-    inform(HELP)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        except UnicodeDecodeError:
-            raise UserError("standard input is not UTF-8 text") from None
-        match line.split(maxsplit=2):
-            case []:
-                continue
-            case ["quit" | "exit"]:
-                return
-            case ["help"]:
-                inform(HELP)
-            case ["settings"]:
-                inform(show(settings))
-            case ["set", *rest]:
-                settings = set_one(settings, rest)
-            case _:
-                try:
-                    write_text(writer, Text(line, settings))
-                except UserError as error:
-                    fail(error)
-                except KeyboardInterrupt:
-                    continue
+    Raises UserError if the model gives losses that are not finite.
+    """
+    keep_freed_memory()
+    stride = max(1, model.max_len // 2)
+    tokens = np.array([*tokenizer.encode(text), tokenizer.END_OF_TEXT_ID], dtype=np.uint16)
+    losses = token_losses(model, tokens, stride, SCORE_BATCH)
+    if not losses.isfinite().all():
+        raise UserError("the model's weights are ruined: the loss is not finite")
+    summary = summarize(losses, len(text.encode()))
+    print(f"{describe(summary)}, {summary['tokens']:,} tokens, {summary['bytes']:,} bytes")
+    if not explain:
+        return
+    print(f"\n{'loss':>6}  {'text before':>{CONTEXT_CHARACTERS + 2}}  {'token':{TOKEN_CHARACTERS}}  likeliest")
+    for index in losses.topk(min(EXPLAINED, len(losses))).indices.tolist():
+        before = tokenizer.decode(tokens[max(0, index - CONTEXT_CHARACTERS) : index].tolist())[-CONTEXT_CHARACTERS:]
+        probability, likeliest = predict(model, tokens, index, stride).softmax(-1).max(-1)
+        token, other = show_token(int(tokens[index])), show_token(int(likeliest))
+        print(
+            f"{losses[index]:6.2f}  {before!r:>{CONTEXT_CHARACTERS + 2}}  {token:{TOKEN_CHARACTERS}}  "
+            f"{other} {probability:.1%}"
+        )
 
 
-def set_one(settings: GenerationSettings, words: list[str]) -> GenerationSettings:
-    """Return the settings after the words of a `set` command, which are reported and change nothing if wrong."""
+def show_token(token: int) -> str:
+    """Return a token's text in quotes, or its bytes if they are not whole characters."""
+    data = tokenizer.load_tokenizer().decode_single_token_bytes(token)
     try:
-        if len(words) != 2:
-            raise UserError("give a name and a value, e.g. set temperature 1.2")
-        settings = change(settings, {words[0]: words[1]})
-    except UserError as error:
-        fail(error)
-    else:
-        inform(show(settings))
-    return settings
-
-
-def show(settings: GenerationSettings) -> str:
-    values = settings.model_dump().items()
-    return ", ".join(f"{name} {'none' if value is None else value}" for name, value in values)
-
-
-def inform(message: str) -> None:
-    """Print to standard error what is not generated text."""
-    print(message, file=sys.stderr, flush=True)
+        return repr(data.decode())
+    except UnicodeDecodeError:
+        return repr(data)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage sample: the trained model continues every prompt under every setting, as a table and as a page to read."""
+"""Stage sample: the trained model continues every prompt under every setting: a table, a page to read, and figures."""
 
 import csv
 import itertools
@@ -6,29 +6,35 @@ from typing import Any
 
 import pandas as pd
 
+from gpt2.batches import load_tokens
 from gpt2.cli import run_command
 from gpt2.config import SampleParams, SamplingParams, load_params
-from gpt2.files import write_text
+from gpt2.files import write_json, write_text
 from gpt2.generation import GenerationSettings, Text, write_all
 from gpt2.model import GPT2Model
-from gpt2.project import MODEL, PARAMS, SAMPLES
+from gpt2.project import METRICS, MODEL, PARAMS, SAMPLES, TOKENS
 from gpt2.runtime import choose_device, use_threads
+from gpt2.text_metrics import measure
 from gpt2.weights import load_model
 
 
 def main() -> None:
     params = load_params(PARAMS)
     use_threads(params.train.threads)
+    training = load_tokens(TOKENS / "train.bin")
     model, _ = load_model(MODEL)
-    table = sample(model.to(choose_device(params.train.device)), params.sample)
+    table, written = sample(model.to(choose_device(params.train.device)), params.sample)
     # Texts may hold a \r, for which pandas sees no need to quote.
     write_text(SAMPLES / "samples.csv", table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC))
     write_text(SAMPLES / "samples.md", page(table))
-    print(f"{len(table)} samples in data/samples")
+    metrics = measure(written, training)
+    write_json(METRICS / "sample.json", metrics)
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    print(f"{len(table)} samples in data/samples: {figures}")
 
 
-def sample(model: GPT2Model, params: SampleParams) -> pd.DataFrame:
-    """Return one row for each prompt and setting."""
+def sample(model: GPT2Model, params: SampleParams) -> tuple[pd.DataFrame, list[list[int]]]:
+    """Return one row for each prompt and setting, and the tokens of each row's text."""
     asked = list(itertools.product(params.prompts, params.settings))
     fixed: dict[str, Any] = {"max_tokens": params.max_tokens, "seed": params.seed}
     texts = [Text(prompt, GenerationSettings(**setting.model_dump(), **fixed)) for prompt, setting in asked]
@@ -36,7 +42,8 @@ def sample(model: GPT2Model, params: SampleParams) -> pd.DataFrame:
         {"prompt": prompt, **setting.model_dump(), "seed": params.seed, "text": text}
         for (prompt, setting), text in zip(asked, write_all(model, texts), strict=True)
     ]
-    return pd.DataFrame(rows).astype({"top_k": "Int64"})
+    written = [text.tokens[len(text.tokens) - text.written :] for text in texts]
+    return pd.DataFrame(rows).astype({"top_k": "Int64"}), written
 
 
 def page(table: pd.DataFrame) -> str:

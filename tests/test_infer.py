@@ -1,21 +1,34 @@
-"""infer.py as users call it: one prompt, a session, and what it says of their mistakes."""
+"""infer.py as users call it: one prompt, a session, a score, and what it says of their mistakes."""
 
 import io
+import math
 import re
+import readline
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pexpect
 import pytest
+import torch
+import torch.nn.functional as F
+import yaml
 
+import evaluate
 import infer
 from gpt2 import tokenizer
 from gpt2.cli import run_command
 from gpt2.config import ModelParams
+from gpt2.files import read_json, write_json
 from gpt2.model import GPT2Model
-from gpt2.weights import save_model
+from gpt2.weights import load_model, save_model
 
 Infer = Callable[..., tuple[int, str, str]]
+
+SRC = Path(__file__).parents[1] / "src"
+TEXT = "The state of the Union is “naïve” 🦊.\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +46,10 @@ def model_folder(
 def run_infer(model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Infer:
     """Run infer.py with arguments and standard input; return its exit code, output and errors."""
 
-    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+    def run(*arguments: str, stdin: str | bytes = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["infer.py", "--model", str(model_folder), "--device", "cpu", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
         code = 0
         try:
             run_command(infer.main)
@@ -113,20 +127,169 @@ def test_session(run_infer: Infer) -> None:
         "set temperature 1.2",
         "set top_k none",
         "set max_tokens 2",
-        "set seed 3",
-        "The war",
+        "seed 3",
+        "help me",
         "",
+        "reset",
         "quit",
+        "The war",
     ]
-    code, text, report = run_infer(stdin="\n".join(commands))
-    assert code == 0 and text.startswith("The war") and len(text.splitlines()) >= 1
-    assert "temperature 1.2, top_k none, top_p none, max_tokens 2, seed 3" in report
-    assert "2 tokens in" in report
+    code, text, report = run_infer("--max_tokens", "7", stdin="\n".join(commands))
+    assert code == 0 and text.startswith("help me") and "The war" not in text
+    changed = (
+        "temperature 1.2, top_k none, top_p none, min_p none, repetition_penalty 1.0, max_tokens 2, stop none, seed 3"
+    )
+    assert changed in report and "2 tokens in" in report
+    assert "temperature 0.7, top_k 40" in report.splitlines()[-1] and "max_tokens 7, " in report.splitlines()[-1]
 
 
 def test_session_goes_on_after_mistakes(run_infer: Infer) -> None:
-    commands = ["set temperture 1", "set top_k 0", "set", "set max_tokens 1", "The war"]
-    code, text, report = run_infer(stdin="\n".join(commands))
+    mistakes = [
+        "set temperture 1",
+        "set top_k 0",
+        "set",
+        "seed",
+        "seed -1",
+        "hepl",
+        "sett temperature 1",
+        "set colour red",
+    ]
+    code, text, report = run_infer(stdin="\n".join([*mistakes, "set max_tokens 1", "The war"]))
     assert code == 0 and text.startswith("The war")
     assert "temperture is unknown (did you mean temperature?)" in report
-    assert report.count("error: ") == 3
+    assert report.count("error: ") == len(mistakes)
+
+
+def test_a_session_that_is_not_utf8_ends_in_one_line(run_infer: Infer) -> None:
+    code, _, report = run_infer(stdin=b"settings\n\xff\n")
+    assert code == 2 and report.splitlines()[-1] == "error: standard input is not UTF-8 text"
+
+
+def test_session_in_a_terminal(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(SRC, tmp_path / "src")  # its .cache, with the history, lies beside it
+
+    history = tmp_path / ".cache" / "infer_history"
+    history.parent.mkdir()
+    readline.clear_history()
+    readline.add_history("A former prompt")
+    readline.write_history_file(history)
+    arguments = [str(tmp_path / "src" / "infer.py"), "--model", str(model_folder), "--device", "cpu", "-t", "3"]
+    environment = {"PATH": "/usr/bin:/bin", "TERM": "dumb", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+    child = pexpect.spawn(
+        sys.executable, arguments, env=environment, encoding="utf-8", timeout=60, dimensions=(40, 200)
+    )
+
+    def send(line: str, *expected: str) -> None:
+        child.sendline(line)
+        for text in (*expected, "\r\n> "):
+            child.expect_exact(text)
+
+    child.expect_exact("begins with a space.\r\n> ")
+    child.send("\x1b[A")  # up
+    send("", "A former prompt\r\n", "A former prompt", "3 tokens in")
+    send("help", "Ctrl-C stops a text")
+    send("set temperture 1", "error: settings: temperture is unknown (did you mean temperature?)")
+    send("hepl", "error: hepl is unknown (did you mean help?)")
+    send("set temperature 1.5", "temperature 1.5, top_k 40")
+    send("seed 7", "max_tokens 3, stop none, seed 7")
+    send("Fellow citizens", "\r\nFellow citizens", "3 tokens in", "seed 7")
+    child.send("half a line")
+    child.sendintr()
+    child.expect_exact("\r\n> ")
+    send("set max_tokens 100000", "max_tokens 100000")
+    child.sendline("The war")
+    child.expect_exact("\r\nThe war")
+    child.expect(r"[^\r\n]{30}")  # it streams
+    child.sendintr()
+    child.expect_exact("\r\n> ")
+    send("reset", "temperature 0.7, top_k 40", "max_tokens 3, ", "seed none")
+    child.send("\x1b[A\x1b[A")  # up, beyond reset
+    send("", "The war", "\r\nThe war", "3 tokens in")
+    child.sendline("quit")
+    child.expect_exact(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    assert "The war" in history.read_text(encoding="utf-8").replace("\\040", " ")  # libedit's space
+
+
+def test_score_is_the_plain_cross_entropy(run_infer: Infer, model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"The state")
+    tokens = [*tokenizer.encode("The state"), tokenizer.END_OF_TEXT_ID]
+    model, _ = load_model(model_folder)
+    with torch.no_grad():
+        logits = model(torch.tensor([[tokenizer.END_OF_TEXT_ID, *tokens[:-1]]]))[0]
+    loss = F.cross_entropy(logits, torch.tensor(tokens)).item()
+    code, text, _ = run_infer("--score", str(tmp_path / "text"))
+    assert code == 0
+    words = re.fullmatch(r"loss (.*), perplexity (.*), (.*) bits per byte, 3 tokens, 9 bytes\n", text)
+    assert words and float(words[1]) == pytest.approx(loss, abs=1e-4)
+    assert float(words[2]) == pytest.approx(math.exp(loss), rel=1e-4)
+    assert float(words[3]) == pytest.approx(loss * 3 / math.log(2) / 9, abs=1e-4)
+    assert run_infer("--score", "-", stdin="The state")[1] == text
+
+
+def test_score_equals_that_of_the_stage(
+    run_infer: Infer, model_folder: Path, tmp_path: Path, shipped_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = [*tokenizer.encode(TEXT * 3), tokenizer.END_OF_TEXT_ID]
+    np.array(tokens, dtype="<u2").tofile(tmp_path / "test.bin")
+    write_json(tmp_path / "meta.json", {"splits": {"test": {"bytes": len((TEXT * 3).encode())}}})
+    params = yaml.safe_load(shipped_text)
+    params["evaluate"]["stride"], params["train"]["device"], params["train"]["threads"] = 6, "cpu", 1
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    for name, path in {"TOKENS": tmp_path, "METRICS": tmp_path, "MODEL": model_folder}.items():
+        monkeypatch.setattr(evaluate, name, path)
+    monkeypatch.setattr(evaluate, "PARAMS", tmp_path / "params.yaml")
+    monkeypatch.setattr(evaluate, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(infer, "keep_freed_memory", lambda: None)
+    evaluate.main()
+    recorded = read_json(tmp_path / "evaluate.json")
+    assert (recorded["tokens"], recorded["stride"]) == (len(tokens), 6)
+    code, text, _ = run_infer("--score", "-", stdin=TEXT * 3)  # which gives also what evaluate has just printed
+    printed = text.splitlines()
+    assert code == 0 and printed[0].removeprefix("test ") == printed[1].partition(" per byte, ")[0] + " per byte"
+    assert f"perplexity {recorded['perplexity']:.2f}, {recorded['bits_per_byte']:.4f} bits per byte" in printed[1]
+
+
+def test_explain_shows_the_most_surprising_tokens(run_infer: Infer, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(TEXT.encode())
+    code, text, _ = run_infer("--score", str(tmp_path / "text"), "--explain")
+    _, empty, header, *rows = text.splitlines()
+    assert code == 0 and not empty and header.split() == ["loss", "text", "before", "token", "likeliest"]
+    losses = [float(row.split()[0]) for row in rows]
+    assert len(rows) == 10 and losses == sorted(losses, reverse=True)
+    assert re.fullmatch(r" *[\d.]+  +'.*'  (b?'.*?'|\".*?\") +(b?'.*'|\".*\") [\d.]+%", rows[0]), rows[0]
+    short = run_infer("--score", "-", "--explain", stdin="The")[1]
+    assert "'The'" in short and "'<|endoftext|>'" in short and len(short.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["--score", "absent"], b"", "absent cannot be read: No such file or directory"),
+        (["--score", "-"], b"", "standard input is empty"),
+        (["--score", "-"], b"\xff", "standard input is not UTF-8 text"),
+        (["--explain"], b"", "--explain needs --score FILE"),
+        (["--explain", "-p", "a"], b"", "--explain needs --score FILE"),
+        (["--score", "-", "-p", "a"], b"a", "--score writes no text: leave out --prompt"),
+        (["--score", "-", "--quantize", "int8"], b"a", "--score writes no text: leave out --quantize"),
+        (["--score", "-", "--seed", "1", "--top_k", "2"], b"a", "--score writes no text: leave out --top_k, --seed"),
+    ],
+)
+def test_mistakes_about_scores_are_one_line(run_infer: Infer, arguments: list[str], stdin: bytes, message: str) -> None:
+    assert run_infer(*arguments, stdin=stdin) == (2, "", f"error: {message}\n")
+
+
+def test_ruined_weights_have_no_score(
+    run_infer: Infer,
+    tmp_path: Path,
+    make_model: Callable[..., GPT2Model],
+    make_model_params: Callable[..., ModelParams],
+) -> None:
+    model = make_model(vocab_size=tokenizer.VOCAB_SIZE)
+    torch.nn.init.constant_(model.layer_norm.weight, math.nan)
+    save_model(model, make_model_params(), tokenizer.VOCAB_SIZE, tmp_path)
+    code, text, report = run_infer("--score", "-", "--model", str(tmp_path), stdin="a")
+    assert (code, text) == (2, "") and report.endswith(
+        "error: the model's weights are ruined: the loss is not finite\n"
+    )

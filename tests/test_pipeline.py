@@ -5,11 +5,14 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -42,12 +45,12 @@ TINY = {
         "device": "cpu",
     },
     "evaluate": {"stride": 16},
-    "sample": {"prompts": ["The quick brown"], "settings": [{"temperature": 0.7, "top_k": 40}], "max_tokens": 5},
+    "sample": {"prompts": ["The quick brown"], "settings": [{"temperature": 0.7, "top_k": 40}], "max_tokens": 9},
 }
 
 pytestmark = pytest.mark.slow
 COMMIT_RESULTS = "git add -A && git commit -q --allow-empty -m results"
-PORT = 52431  # of the tracking server, which must come back at the same one
+PORT, SERVING_PORT = 52431, 52432  # of the tracking server, which must come back at the same one, and of the model
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -134,10 +137,11 @@ def assert_complete(checkout: Path, run: Run, max_steps: int, server: str | None
     assert run.data.params["train.max_steps"] == str(max_steps)
     assert run.data.params["model.d_model"] == "16"
     assert {"gpt2.train_key", "gpt2.model_sha256", "mlflow.source.git.commit"} <= set(run.data.tags)
-    for name in ("train/loss", "train/learning_rate", "train/tokens_per_second", "val/loss", "test/loss"):
+    samples = {f"sample/{name}" for name in ("distinct_1", "distinct_2", "distinct_3", "repetition", "copied_8grams")}
+    curves = {"train/loss", "train/learning_rate", "train/tokens_per_second", "val/loss"}
+    for name in curves | samples | {"test/loss", "test/perplexity", "test/bits_per_byte"}:
         steps = [point.step for point in client.get_metric_history(run_id, name)]
         assert steps and max(steps) == max_steps and len(steps) == len(set(steps)), name
-    assert {"test/perplexity", "test/bits_per_byte"} <= set(run.data.metrics)
     assert run.inputs and [one.dataset.name for one in run.inputs.dataset_inputs] == ["data/raw/poems.txt"]
     assert str(run.info.artifact_uri).startswith("mlflow-artifacts:/" if server else "mlartifacts/")
     with contextlib.chdir(checkout):
@@ -180,7 +184,7 @@ def clone(checkout: Path, folder: Path, **train: int) -> Path:
 
 def digests(checkout: Path) -> dict[str, str]:
     """The SHA-256 of all results that do not tell of the clock."""
-    patterns = ("tokens/*", "model/*", "samples/*", "metrics/evaluate.json", "plots/*loss.csv")
+    patterns = ("tokens/*", "model/*", "samples/*", "metrics/evaluate.json", "metrics/sample.json", "plots/*loss.csv")
     files = [file for pattern in patterns for file in (checkout / "data").glob(pattern)]
     return {file.relative_to(checkout).as_posix(): sha256_of(file) for file in files if file.name != ".gitignore"}
 
@@ -219,11 +223,15 @@ def test_files_hold_the_contract(checkout: Path, reproduced: object) -> None:
     assert {"loss", "perplexity", "bits_per_byte", "tokens", "stride"} <= set(evaluated)
     with (checkout / "data/plots/val_loss.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["3", "6"]
+    sampled = json.loads((checkout / "data/metrics/sample.json").read_text())
+    assert list(sampled) == ["distinct_1", "distinct_2", "distinct_3", "repetition", "copied_8grams"]
+    assert all(type(value) is float and 0 <= value <= 1 for value in sampled.values()) and sampled["distinct_1"] > 0
     assert "**The quick brown**" in (checkout / "data/samples/samples.md").read_text()
 
 
 def test_dvc_shows_metrics_plots_and_params(checkout: Path, shell: Shell, reproduced: object) -> None:
-    assert "perplexity" in shell("dvc metrics show").stdout
+    shown = shell("dvc metrics show").stdout
+    assert "perplexity" in shown and "copied_8grams" in shown
     shell("dvc plots show -o plots")
     assert (checkout / "plots" / "index.html").is_file()
     shutil.rmtree(checkout / "plots")
@@ -276,19 +284,36 @@ def test_weights_that_were_not_registered_are_refused(checkout: Path, shell: She
     config.write_text(recorded)
 
 
-def test_mlflow_serves_the_text_that_infer_writes(checkout: Path, shell: Shell, reproduced: object) -> None:
-    script = """
-import mlflow, pandas
-mlflow.set_tracking_uri("sqlite:///mlflow.db")
-model = mlflow.pyfunc.load_model("models:/gpt2@champion")
-frame = pandas.DataFrame({"prompt": ["Roses number"]})
-print(model.predict(frame, params={"max_tokens": 5, "seed": 1})["text"][0])
-"""
-    (checkout / "predict.py").write_text(script)
-    served = shell("python predict.py").stdout
-    (checkout / "predict.py").unlink()
-    written = shell('python src/infer.py --prompt "Roses number" --max_tokens 5 --seed 1 --device cpu').stdout
-    assert written == f"Roses number{served}"
+def test_mlflow_serves_the_text_that_infer_and_sample_write(
+    checkout: Path, shell: Shell, environment: dict[str, str], reproduced: object
+) -> None:
+    (sample,) = csv.DictReader((checkout / "data" / "samples" / "samples.csv").open())
+    prompt, sampled, seed = sample["prompt"], sample["text"], int(sample["seed"])
+
+    def post(address: str, **params: Any) -> tuple[int, Any]:
+        body = json.dumps({"inputs": {"prompt": [prompt]}, "params": params}).encode()
+        request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    command = ["mlflow", "models", "serve", "-m", "models:/gpt2@champion", "--env-manager", "local", "-p"]
+    with running([*command, str(SERVING_PORT)], checkout, environment, f"http://127.0.0.1:{SERVING_PORT}") as address:
+        status, answer = post(address, temperature=0.7, top_k=40, max_tokens=9, seed=seed)
+        assert (status, answer) == (200, {"predictions": [{"text": sampled}]})
+        for params, reason in (
+            ({"temperatur": 1.0}, "temperatur"),
+            ({"top_p": 1.5}, "top_p should be less than or equal to 1"),
+            ({"max_tokens": "many"}, "max_tokens"),
+        ):
+            status, answer = post(address, **params)
+            assert status == 400 and reason in answer, answer
+    written = shell(
+        f"python src/infer.py --prompt {shlex.quote(prompt)} --max_tokens 9 --seed {seed} --device cpu"
+    ).stdout
+    assert written == f"{prompt}{sampled}\n"
 
 
 def test_by_hand_gives_the_same_bytes(checkout: Path, shell: Shell, reproduced: object) -> None:
@@ -487,19 +512,21 @@ def test_killed_at_any_moment_equals_unbroken(
 def tracking_server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """An MLflow server whose store is in `folder`; yields its address, and kills it in the end."""
     folder.mkdir(exist_ok=True)
-    address = f"127.0.0.1:{PORT}"
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(PORT), "--workers", "1"]
     stores = ["--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", f"{folder}/artifacts"]
-    with (folder / "log").open("a") as log:
-        server = psutil.Popen(
-            [*command, *stores],
-            env=environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=log,
-            stderr=log,
-        )
+    variables = environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with running([*command, *stores], folder, variables, f"http://127.0.0.1:{PORT}") as address:
+        yield address
+
+
+@contextlib.contextmanager
+def running(command: list[str], folder: Path, environment: dict[str, str], address: str) -> Iterator[str]:
+    """Run a server in `folder`; yield its address when it answers, and kill it in the end."""
+    with tempfile.TemporaryFile() as log:
+        server = psutil.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     try:
-        wait_for(lambda: answers(f"http://{address}/health"), server)
-        yield f"http://{address}"
+        wait_for(lambda: answers(f"{address}/health"), server)
+        yield address
     finally:
         for process in (*server.children(recursive=True), server):
             with contextlib.suppress(psutil.NoSuchProcess):

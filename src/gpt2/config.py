@@ -83,6 +83,7 @@ class TrainParams(Section):
     threads: Annotated[int, Field(gt=0, le=1024)]
     device: Device
     precision: Precision
+    compile: Literal["auto"] | bool
 
 
 class EvaluateParams(Section):

@@ -39,7 +39,7 @@ class Decoder:
             _Block(block, quantization) for block in model.transformer_blocks if isinstance(block, TransformerBlock)
         ]
         self._layer_norm = model.layer_norm
-        self._project = fast_linear(model.output_projection.weight, quantization=quantization)
+        self.project = fast_linear(model.output_projection.weight, quantization=quantization)
         n_heads, width = self._blocks[0].n_heads, model.token_embedding.embedding_dim
         self._cache = KeyValueCache(
             n_layers=len(self._blocks),
@@ -54,13 +54,18 @@ class Decoder:
     @torch.inference_mode()
     def begin(self, texts: dict[int, list[int]]) -> Tensor:
         """Put texts of token ids, by row, in place of what the rows held; return the logits after them (R, V)."""
-        lengths = [len(text) for text in texts.values()]
-        tokens = torch.zeros(len(texts), max(lengths), dtype=torch.long)  # (R, T); what follows a text, none looks at
+        features = self.read(texts)
+        return self.project(features[range(len(texts)), [len(text) - 1 for text in texts.values()]])
+
+    @torch.inference_mode()
+    def read(self, texts: dict[int, list[int]]) -> Tensor:
+        """Do what `begin` does; return what the logits of all positions (R, T, C) are projected from."""
+        longest = max(map(len, texts.values()))
+        tokens = torch.zeros(len(texts), longest, dtype=torch.long)  # (R, T); what follows a text, none looks at
         for row, text in zip(tokens, texts.values(), strict=True):
             row[: len(text)] = torch.tensor(text)
-        self._cache.begin(torch.tensor(list(texts), device=self._device), tokens.shape[1])
-        features = self._features(tokens.to(self._device))  # (R, T, C)
-        return self._project(features[range(len(texts)), [length - 1 for length in lengths]])
+        self._cache.begin(torch.tensor(list(texts), device=self._device), longest)
+        return self._features(tokens.to(self._device))
 
     @torch.inference_mode()
     def go_on(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -76,7 +81,7 @@ class Decoder:
 
     def _step(self, tokens: Tensor, positions: Tensor, used: int) -> Tensor:
         self._cache.go_on(positions, used)
-        return self._project(self._features(tokens[:, None])[:, 0])
+        return self.project(self._features(tokens[:, None])[:, 0])
 
     def _features(self, tokens: Tensor) -> Tensor:
         """Map token ids (R, T) to what the output projection reads (R, T, C)."""

@@ -1,17 +1,19 @@
 """Perplexity by a sliding window: every token is scored once, with as much context as the stride leaves it.
 
-Shapes: B batch, T positions, S scored positions, C d_model, N tokens.
+Shapes: B batch, T positions, S scored positions, C d_model, N tokens, V vocabulary.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gpt2.batches import Tokens
-from gpt2.loss import linear_cross_entropy
+from gpt2.loss import perplexity, token_cross_entropy
 from gpt2.model import GPT2Model
 from gpt2.tokenizer import END_OF_TEXT_ID
 
@@ -36,18 +38,48 @@ def sliding_windows(count: int, max_len: int, stride: int) -> Iterator[Window]:
 
 
 @torch.inference_mode()
-def mean_loss_of_text(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) -> float:
-    """Return the mean loss in nats of the tokens (N,); the first one is predicted from <|endoftext|>."""
+def token_losses(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) -> Tensor:
+    """Return the loss in nats of each of the tokens (N,), on the CPU; the first is predicted from <|endoftext|>."""
     device, weight = model.output_projection.weight.device, model.output_projection.weight
-    inputs = torch.from_numpy(np.concatenate([[END_OF_TEXT_ID], tokens[:-1]]).astype(np.int64))
-    targets = torch.from_numpy(tokens.astype(np.int64))
-    total = 0.0
+    inputs, targets = _inputs(tokens), torch.from_numpy(tokens.astype(np.int64))
+    losses = torch.empty(len(tokens))
     windows = sliding_windows(len(tokens), model.max_len, stride)
     for (length, scored), group in itertools.groupby(windows, key=lambda window: (window.length, window.scored)):
         starts = [window.start for window in group]
         for i in range(0, len(starts), batch_size):
             positions = torch.tensor(starts[i : i + batch_size])[:, None] + torch.arange(length)  # (B, T)
             features = model.features(inputs[positions].to(device))[:, -scored:]  # (B, S, C)
-            target = targets[positions[:, -scored:]].to(device).flatten()
-            total += float(linear_cross_entropy(features.flatten(0, 1), weight, target)) * target.numel()
-    return total / len(tokens)
+            places = positions[:, -scored:].flatten()
+            found = token_cross_entropy(features.flatten(0, 1), weight, targets[places].to(device))
+            losses[places] = found.float().cpu()
+    return losses
+
+
+@torch.inference_mode()
+def predict(model: GPT2Model, tokens: Tokens, index: int, stride: int) -> Tensor:
+    """Return the logits (V,) under which token_losses scores one of the tokens (N,), in float32 on the CPU."""
+    windows = sliding_windows(len(tokens), model.max_len, stride)
+    window = next(window for window in windows if index < window.start + window.length)
+    inputs = _inputs(tokens[: window.start + window.length])[None, window.start :]  # (1, T)
+    features = model.features(inputs.to(model.output_projection.weight.device))[0, index - window.start]
+    return model.output_projection(features).float().cpu()
+
+
+def summarize(losses: Tensor, text_bytes: int) -> dict[str, float]:
+    """Return what the losses (N,) in nats of a text of so many bytes come to."""
+    loss = losses.double().mean().item()
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": loss * len(losses) / math.log(2) / text_bytes,
+        "tokens": len(losses),
+        "bytes": text_bytes,
+    }
+
+
+def describe(summary: dict[str, float]) -> str:
+    return "loss {loss:.4f}, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits per byte".format_map(summary)
+
+
+def _inputs(tokens: Tokens) -> Tensor:
+    return torch.from_numpy(np.concatenate([[END_OF_TEXT_ID], tokens[:-1]]).astype(np.int64))

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -96,6 +97,24 @@ def _softmax_(logits: Tensor, targets: Tensor, last_count: int, scale: float | N
             values.mul_(scale / sums).scatter_add_(1, target, values.new_full(target.shape, -scale))
             rows.copy_(values)
     return total
+
+
+@torch.no_grad()
+def token_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy (N,) of each target, of which linear_cross_entropy gives the mean, without gradient."""
+    device = features.device.type
+    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        inputs, matrix = features.to(product), weight.to(product)
+        buffer = _logits_buffer(len(inputs), len(matrix), product, features.device)
+        losses = []
+        for rows, target in zip(inputs.split(len(buffer)), targets.split(len(buffer)), strict=True):
+            logits = torch.mm(rows, matrix.T, out=buffer[: len(rows)])  # (R, V)
+            cached = CACHED_ROWS if device == "cpu" else len(logits)
+            for part, label in zip(logits.split(cached), target.split(cached), strict=True):
+                exact = part.to(torch.promote_types(product, torch.float32))
+                losses.append(F.cross_entropy(exact, label, reduction="none"))
+    return torch.cat(losses)
 
 
 def perplexity(loss: float) -> float:

@@ -3,6 +3,7 @@
 import ctypes
 import resource
 import sys
+from typing import Literal
 
 import psutil
 import torch
@@ -11,6 +12,7 @@ from gpt2.cli import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 NEVER_TRIM = 2**31 - 1
+COMPILED_STEPS = 1000  # a step of the default model takes a GPU some hundredths of a second, compiling a minute
 
 
 def choose_device(name: str) -> torch.device:
@@ -36,6 +38,16 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         native = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return torch.bfloat16 if native else torch.float32
+
+
+def choose_compilation(setting: Literal["auto"] | bool, device: torch.device, steps: int) -> bool:
+    """Return whether to compile; "auto" does on a GPU, in a training long enough to win back compiling's time.
+
+    On a CPU it gained nothing. It depends on all of a training's steps, so that a resumed one computes alike.
+    """
+    if setting == "auto":
+        return device.type == "cuda" and steps >= COMPILED_STEPS
+    return setting
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

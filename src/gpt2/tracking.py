@@ -191,7 +191,7 @@ def mirror_run(params: Params, model_sha256: str) -> Iterator[Run]:
     Raises UserError if a file is missing or the store fails.
     """
     metrics = _final_metrics()
-    tables = (METRICS / "evaluate.json", SAMPLES / "samples.csv", TOKENS / "meta.json")
+    tables = (METRICS / "evaluate.json", METRICS / "sample.json", SAMPLES / "samples.csv", TOKENS / "meta.json")
     results = hash_of([model_sha256, *(sha256_of(path) for path in tables)])
     try:
         with _open_run(params, results) as run:
@@ -279,10 +279,11 @@ def _shown_params(params: Params) -> dict[str, str]:
 
 
 def _final_metrics() -> dict[str, float]:
-    """Return what has one value for a run: the test split's scores and the size of the training."""
-    evaluated, trained = read_json(METRICS / "evaluate.json"), read_json(METRICS / "train.json")
+    """Return what has one value for a run: the test split's scores, the samples' and the training's size."""
+    evaluated, sampled, trained = (read_json(METRICS / f"{stage}.json") for stage in ("evaluate", "sample", "train"))
     return {
         **{f"test/{name}": evaluated[name] for name in ("loss", "perplexity", "bits_per_byte")},
+        **{f"sample/{name}": value for name, value in sampled.items()},
         **{f"train/{name}": trained[name] for name in ("tokens", "peak_memory_bytes")},
         "model/parameters": trained["parameters"],
     }

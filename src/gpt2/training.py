@@ -23,7 +23,7 @@ from gpt2.initialization import start_from_bigrams
 from gpt2.loss import linear_cross_entropy, perplexity
 from gpt2.model import GPT2Model
 from gpt2.optimization import build_optimizers, schedule, set_learning_rates
-from gpt2.runtime import autocast, check_memory, choose_device, choose_precision, peak_memory_bytes
+from gpt2.runtime import autocast, check_memory, choose_compilation, choose_device, choose_precision, peak_memory_bytes
 from gpt2.vocabulary import TextVocabulary
 
 
@@ -60,6 +60,9 @@ def train(
     """
     device = choose_device(params.device)
     precision = choose_precision(params.precision, device)
+    if choose_compilation(params.compile, device, params.max_steps):
+        for block in model.transformer_blocks:
+            block.compile()
     batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
     vocabulary = TextVocabulary(train_tokens, model.token_embedding.num_embeddings, device)
     optimizers = build_optimizers(model.to(device), params, precision)

@@ -1,4 +1,5 @@
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -6,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from gpt2.evaluation import mean_loss_of_text, sliding_windows
+from gpt2.evaluation import predict, sliding_windows, summarize, token_losses
 from gpt2.model import GPT2Model
 from gpt2.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE
 
@@ -35,28 +37,43 @@ def model(make_model: Callable[..., GPT2Model]) -> GPT2Model:
     return model
 
 
-def naive_mean_loss(model: GPT2Model, tokens: np.ndarray, stride: int) -> float:
-    """Score one token at a time, each in a forward pass of its own."""
-    losses = []
+def naive_logits(model: GPT2Model, tokens: np.ndarray, stride: int) -> Iterator[Tensor]:
+    """Yield the logits (V,) of one token at a time, each from a forward pass of its own."""
     for i in range(len(tokens)):
         stop = MAX_LEN if i < MAX_LEN else MAX_LEN + (1 + (i - MAX_LEN) // stride) * stride
         context = [END_OF_TEXT_ID, *tokens][max(0, min(stop, len(tokens)) - MAX_LEN) : i + 1]
         with torch.no_grad():
-            logits = model(torch.tensor([[int(token) for token in context]]))[0, -1]
-        losses.append(F.cross_entropy(logits, torch.tensor(int(tokens[i]))).item())
-    return sum(losses) / len(losses)
+            yield model(torch.tensor([[int(token) for token in context]]))[0, -1]
+
+
+def draw_tokens(count: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, VOCAB_SIZE, count).astype(np.uint16)
 
 
 @pytest.mark.parametrize("stride", [1, 4, MAX_LEN])
 @pytest.mark.parametrize("count", [1, MAX_LEN - 1, MAX_LEN, 23])
-def test_mean_loss_equals_that_of_one_token_at_a_time(model: GPT2Model, count: int, stride: int) -> None:
-    tokens = np.random.default_rng(1).integers(0, VOCAB_SIZE, count).astype(np.uint16)
-    assert mean_loss_of_text(model, tokens, stride, batch_size=2) == pytest.approx(
-        naive_mean_loss(model, tokens, stride), abs=1e-5
-    )
+def test_losses_and_predictions_equal_those_of_one_token_at_a_time(model: GPT2Model, count: int, stride: int) -> None:
+    tokens = draw_tokens(count)
+    losses = token_losses(model, tokens, stride, batch_size=2)
+    assert losses.shape == (count,)
+    for i, logits in enumerate(naive_logits(model, tokens, stride)):
+        torch.testing.assert_close(losses[i], F.cross_entropy(logits, torch.tensor(int(tokens[i]))), atol=1e-5, rtol=0)
+        torch.testing.assert_close(predict(model, tokens, i, stride), logits, atol=1e-5, rtol=0)
 
 
-def test_batch_size_does_not_change_the_mean_loss(model: GPT2Model) -> None:
-    tokens = np.random.default_rng(2).integers(0, VOCAB_SIZE, 40).astype(np.uint16)
-    losses = [mean_loss_of_text(model, tokens, 2, batch_size) for batch_size in (1, 3, 100)]
-    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+def test_batch_size_does_not_change_the_losses(model: GPT2Model) -> None:
+    losses = [token_losses(model, draw_tokens(40), 2, batch_size) for batch_size in (1, 3, 100)]
+    for other in losses[1:]:
+        torch.testing.assert_close(other, losses[0], atol=1e-5, rtol=0)
+
+
+def test_summary_of_losses_known_beforehand() -> None:
+    half, quarter = math.log(2), math.log(4)  # one bit and two
+    summary = summarize(torch.tensor([half, quarter, quarter, quarter]), text_bytes=14)
+    assert summary == {
+        "loss": pytest.approx(1.75 * half),
+        "perplexity": pytest.approx(2**1.75),
+        "bits_per_byte": pytest.approx(0.5),
+        "tokens": 4,
+        "bytes": 14,
+    }

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2 import loss
-from gpt2.loss import linear_cross_entropy
+from gpt2.loss import linear_cross_entropy, token_cross_entropy
 
 CHUNK_ROWS = 4  # of float64
 
@@ -112,3 +112,21 @@ def test_inference_before_training_is_no_hindrance() -> None:
     trained = linear_cross_entropy(features, weight, targets)
     trained.backward()
     assert torch.equal(inferred, trained.detach()) and weight.grad is not None
+
+
+@pytest.mark.parametrize("rows", [1, CHUNK_ROWS, CHUNK_ROWS + 1, 3 * CHUNK_ROWS - 1])
+def test_each_row_has_its_loss(rows: int) -> None:
+    features, weight, targets = make_inputs(rows)
+    found = token_cross_entropy(features, weight, targets)
+    expected = F.cross_entropy(features @ weight.T, targets, reduction="none")
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected.detach(), atol=1e-10, rtol=0)
+
+
+def test_each_row_has_its_loss_under_autocast() -> None:
+    features, weight, targets = make_inputs(5, torch.float32, width=32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = token_cross_entropy(features, weight, targets)
+        mean = linear_cross_entropy(features, weight, targets)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.mean(), mean.detach())

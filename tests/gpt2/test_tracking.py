@@ -20,7 +20,8 @@ from gpt2 import tracking
 from gpt2.cli import Stopped
 from gpt2.config import Params, load_params
 from gpt2.database import PATH_COLUMNS
-from gpt2.tracking import RESULTS_KEY, open_store, training_run
+from gpt2.files import write_json, write_text
+from gpt2.tracking import RESULTS_KEY, mirror_run, open_store, training_run
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,57 @@ def test_a_training_leaves_a_finished_run(params: Params, store: Path) -> None:
     assert run.info.status == "FINISHED"
     assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)] and points(run, "val/loss") == [(2, 4.5)]
     assert not receipt.exists()
+
+
+SAMPLED = {"distinct_1": 0.5, "repetition": 0.25, "copied_8grams": 0.0}
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files of a pipeline's stages that a mirror shows, in a folder of their own."""
+    for name in ("METRICS", "PLOTS", "SAMPLES", "TOKENS"):
+        monkeypatch.setattr(tracking, name, tmp_path / name.lower())
+    write_json(tmp_path / "metrics/train.json", {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10})
+    write_json(tmp_path / "metrics/evaluate.json", {"loss": 4.0, "perplexity": 54.6, "bits_per_byte": 1.5})
+    write_json(tmp_path / "metrics/sample.json", SAMPLED)
+    write_text(tmp_path / "plots/train_loss.csv", "step,loss\n1,5.0\n2,4.0\n")
+    write_text(tmp_path / "samples/samples.csv", "prompt,top_k,top_p,text\nThe,40,,end\n")
+    write_text(tmp_path / "tokens/documents.csv", "document,tokens\na.txt,8\n")
+    write_json(tmp_path / "tokens/meta.json", {"splits": {"train": {"sha256": 64 * "a"}}})
+    return tmp_path
+
+
+def assert_mirrored(run: Run, params: Params) -> None:
+    final = {"test/loss": 4.0, "train/tokens": 8, **{f"sample/{name}": value for name, value in SAMPLED.items()}}
+    for name, value in final.items():
+        assert points(run, name) == [(params.train.max_steps, value)], name
+    assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)]
+
+
+def test_a_mirror_completes_a_trainings_run_or_is_made_anew_from_the_files(params: Params, results: Path) -> None:
+    with training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+    (trained,) = runs_of(params)
+    for _ in range(2):
+        with mirror_run(params, "of weights"):
+            pass
+        (run,) = runs_of(params)
+        assert run.info.run_id == trained.info.run_id
+        assert_mirrored(run, params)
+    mlflow.MlflowClient().delete_run(trained.info.run_id)
+    with mirror_run(params, "of weights"):
+        pass
+    (run,) = runs_of(params)
+    assert run.info.run_id != trained.info.run_id
+    assert_mirrored(run, params)
+
+
+def test_other_figures_of_the_samples_are_another_run(params: Params, results: Path) -> None:
+    for repetition in (0.25, 0.5):
+        write_json(results / "metrics/sample.json", SAMPLED | {"repetition": repetition})
+        with mirror_run(params, "of weights"):
+            pass
+    assert sorted(points(run, "sample/repetition")[0][1] for run in runs_of(params)) == [0.25, 0.5]
 
 
 def test_a_failed_training_leaves_a_failed_run_and_its_error(params: Params) -> None:

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -384,3 +385,11 @@ def test_stop_signal_saves_first(
     assert stopped.value.exit_code == 128 + number and signal.getsignal(number) is before
     assert saved_steps(tmp_path) == [3]
     assert same_weights(run(make_model(dropout=0.2), checkpoints)[0], run()[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU takes a C++ compiler")
+def test_compiled_blocks_train_alike(run: Callable[..., Any], make_model: MakeModel) -> None:
+    (compiled, found, _), (plain, expected, _) = (run(make_model(), compile=choice) for choice in (True, False))
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()

@@ -1,0 +1,72 @@
+"""What of a session's lines is a command, what a prompt, and what a mistake."""
+
+import pytest
+
+from gpt2.cli import UserError
+from gpt2.session import find_command
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("help", ["help"]),
+        ("quit ", ["quit"]),
+        ("set temperature 1.2", ["set", "temperature", "1.2"]),
+        ("set temperture 1.2", ["set", "temperture", "1.2"]),
+        ("set colour red", ["set", "colour", "red"]),
+        ("set stop the  end ", ["set", "stop", "the  end"]),
+        ("set", ["set"]),
+        ("set top_k", ["set", "top_k"]),
+        ("set top_k 1 2", ["set", "top_k", "1 2"]),
+        ("seed 7", ["seed", "7"]),
+        ("seed none", ["seed", "none"]),
+        ("seed", ["seed"]),
+    ],
+)
+def test_commands(line: str, words: list[str]) -> None:
+    assert find_command(line) == words
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "   ",
+        "The war",
+        "war",
+        "help me",
+        "quit your job",
+        "settings of the sun",
+        "reset it",
+        "set out upon a journey",
+        "Set sail today",
+        "sett the table",
+        "seed of evil",
+        "need money",
+        " help",
+        " set temperature 1",
+        "\thepl",
+    ],
+)
+def test_prompts(line: str) -> None:
+    assert find_command(line) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("hepl", "help"),
+        ("Help", "help"),
+        ("quti", "quit"),
+        ("exti", "exit"),
+        ("setting", "settings"),
+        ("resett", "reset"),
+        ("sett temperature 1", "set"),
+        ("sett temperture 1", "set"),
+        ("sed 7", "seed"),
+        ("sede none", "seed"),
+    ],
+)
+def test_mistyped_commands(line: str, meant: str) -> None:
+    with pytest.raises(UserError, match=rf"^{line.split()[0]} is unknown \(did you mean {meant}\?\)"):
+        find_command(line)
