@@ -78,6 +78,7 @@ def summarize(losses: Tensor, text_bytes: int) -> dict[str, float]:
 
 
 def describe(summary: dict[str, float]) -> str:
+    """Return the figures of `summarize` as evaluate and infer print them."""
     return "loss {loss:.4f}, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits per byte".format_map(summary)
 
 

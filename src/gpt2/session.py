@@ -116,7 +116,7 @@ def _nearest(word: str, names: Sequence[str]) -> str | None:
 @contextmanager
 def _line_editing() -> Iterator[None]:
     """Let input() edit lines and recall earlier ones, those of former sessions too."""
-    import readline  # not on every system
+    import readline  # from here on it serves input()
 
     path = main_root() / ".cache" / "infer_history"
     readline.set_history_length(HISTORY_LINES)

@@ -3,11 +3,13 @@
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gpt2.cli import UserError
 from gpt2.config import ModelConfig, ModelParams, check
@@ -62,7 +64,8 @@ def load_model(path: Path) -> tuple[GPT2Model, ModelConfig]:
     if config.tie_weights and "token_embedding.weight" in state:
         state["output_projection.weight"] = state["token_embedding.weight"]
     try:
-        with torch.device("meta"):  # shapes only: the file's tensors become the weights, once they are known to fit
+        # Shapes only: the file's tensors become the weights, once they are known to fit.
+        with torch.device("meta"), _NoInitialization():
             model = GPT2Model(**config.model_dump())
         model.load_state_dict({name: weight.float() for name, weight in state.items()}, assign=True)
     except (RuntimeError, ValueError) as error:
@@ -70,6 +73,15 @@ def load_model(path: Path) -> tuple[GPT2Model, ModelConfig]:
     if config.tie_weights:
         model.output_projection.weight = model.token_embedding.weight
     return model.eval(), config
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Passes over torch.nn.init: to draw weights on the meta device takes longer than to import PyTorch."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__module__ == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str]:
