@@ -79,7 +79,7 @@ class _NoInitialization(TorchFunctionMode):
     """Passes over torch.nn.init: to draw weights on the meta device takes longer than to import PyTorch."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.__module__ == "torch.nn.init":
+        if getattr(function, "__module__", None) == "torch.nn.init":
             return None
         return function(*args, **(kwargs or {}))
 
