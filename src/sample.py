@@ -52,8 +52,11 @@ def page(table: pd.DataFrame) -> str:
     for prompt, rows in table.groupby("prompt", sort=False):
         parts.append(f"## {prompt}\n")
         for row in rows.to_dict("records"):
-            names = (*SamplingParams.model_fields, "seed")
-            setting = ", ".join(f"{name} {row[name]}" for name in names if pd.notna(row[name]))
+            setting = ", ".join(
+                f"{name} {row[name]}"
+                for name in (*SamplingParams.model_fields, "seed")
+                if pd.notna(row[name]) and (name, row[name]) != ("repetition_penalty", 1)
+            )
             text = str(row["text"]).replace("\n", "\n> ")
             parts.append(f"*{setting}*\n\n> **{prompt}**{text}\n")
     return "\n".join(parts)

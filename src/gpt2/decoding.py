@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2.cache import KeyValueCache
 from gpt2.cli import UserError
@@ -150,9 +150,11 @@ def fast_linear(
     return linear if gelu is None else lambda x: F.gelu(linear(x), approximate=gelu)
 
 
-def _int8_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """Return the map with PyTorch's int8 weights, to which it rounds the input too, at one scale for all rows."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}), assign=True)
-    with warnings.catch_warnings(action="ignore"):  # quantization is to move to another package
-        return torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear}, torch.qint8)
+def _int8_linear(weight: Tensor, bias: Tensor | None) -> Map:
+    """Return the map with int8 weights, at one scale for each output; x is rounded too, at one scale for all of it."""
+    scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    zeros = torch.zeros(len(weight), dtype=torch.long)
+    with warnings.catch_warnings(action="ignore"):  # PyTorch is to move quantization to another package
+        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(rounded, bias)
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)  # a bit less of x, or products would overflow

@@ -46,17 +46,18 @@ def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator, te
     (Fan et al. 2018, section 5), top_p and min_p leave, in this order. Raises UserError if the largest is infinite or
     NaN.
     """
+    if setting.repetition_penalty != 1:
+        logits = penalize(logits, torch.tensor(text), setting.repetition_penalty)
+    greedy = setting.temperature < GREEDY_BELOW
+    tokens = None
+    if count := 1 if greedy else setting.top_k:
+        logits, tokens = logits.topk(min(count, len(logits)))
     largest = logits.max()
     if not largest.isfinite():
         raise UserError(f"the model's weights are ruined: a logit is {largest.item()}")
-    if setting.repetition_penalty != 1:
-        logits = penalize(logits, torch.tensor(text), setting.repetition_penalty)
-    if setting.temperature < GREEDY_BELOW:
-        return int(logits.argmax())
-    tokens = None
-    if setting.top_k is not None:
-        logits, tokens = logits.topk(min(setting.top_k, len(logits)))
-    logits = (logits - logits.max()) / setting.temperature
+    if greedy and tokens is not None:
+        return int(tokens)
+    logits = (logits - largest) / setting.temperature
     if setting.top_p is not None:
         logits = keep_top_p(logits, setting.top_p)
     if setting.min_p is not None:
