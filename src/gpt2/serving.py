@@ -98,8 +98,10 @@ class TextGenerator(PythonModel):
 
 def refuse_unknown_params(record: logging.LogRecord) -> bool:
     """Raise MlflowException for the warning with which MLflow would pass over params that the signature lacks."""
-    if "Unrecognized params" in record.getMessage():
-        raise MlflowException.invalid_parameter_value(record.getMessage().replace(" are ignored for inference", ""))
+    message = record.getMessage()
+    if "Unrecognized params" in message:
+        told = message.replace(" are ignored for inference", "").partition(" To enable them")[0]
+        raise MlflowException.invalid_parameter_value(told)
     return True
 
 
