@@ -5,6 +5,7 @@ import math
 import re
 import readline
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -175,7 +176,13 @@ def test_session_in_a_terminal(model_folder: Path, tmp_path: Path) -> None:
     arguments = [str(tmp_path / "src" / "infer.py"), "--model", str(model_folder), "--device", "cpu", "-t", "3"]
     environment = {"PATH": "/usr/bin:/bin", "TERM": "dumb", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
     child = pexpect.spawn(
-        sys.executable, arguments, env=environment, encoding="utf-8", timeout=60, dimensions=(40, 200)
+        sys.executable,
+        arguments,
+        env=environment,
+        encoding="utf-8",
+        timeout=60,
+        dimensions=(40, 200),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
     )
 
     def send(line: str, *expected: str) -> None:
