@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -25,10 +24,10 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from peers import ROOT, print_circumstances, transformers_model
+
 sys.path.insert(0, str(ROOT / "src"))
 
 PROMPT, TOKENS, TEXTS = "The state of the union", 100, (1, 16)
@@ -49,15 +48,14 @@ def measure(contender: str, texts: int, greedy: bool) -> float:
 
 
 def ours(texts: int, greedy: bool, contender: str) -> Callable[[], object]:
-    import torch
-
+    # As in infer.py, gpt2 is imported before torch: it sets how torch's threads wait.
     from gpt2.config import load_params
     from gpt2.generation import GenerationSettings, Text, Writer
-    from gpt2.model import GPT2Model
     from gpt2.tokenizer import VOCAB_SIZE
+    from gpt2.training import build_model
 
-    torch.manual_seed(0)
-    model = GPT2Model(vocab_size=VOCAB_SIZE, **load_params(ROOT / "params.yaml").model.model_dump()).eval()
+    params = load_params(ROOT / "params.yaml")
+    model = build_model(params.model, params.train, VOCAB_SIZE).eval()
     writer = Writer(model, texts, "int8" if "int8" in contender else "none")
     settings = GenerationSettings(max_tokens=TOKENS)
     settings = settings.model_copy(update={"temperature": 0.0}) if greedy else settings
@@ -70,25 +68,14 @@ def ours(texts: int, greedy: bool, contender: str) -> Callable[[], object]:
 
 
 def transformers(texts: int, greedy: bool) -> Callable[[], object]:
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    import torch  # before gpt2, so that its threads wait as in any program
 
     from gpt2.config import load_params
     from gpt2.generation import GenerationSettings
     from gpt2.tokenizer import VOCAB_SIZE, encode
 
-    shape, settings = load_params(ROOT / "params.yaml").model, GenerationSettings()
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCAB_SIZE,
-        n_positions=shape.max_len,
-        n_embd=shape.d_model,
-        n_layer=shape.n_layers,
-        n_head=shape.n_heads,
-        n_inner=shape.d_ff,
-        tie_word_embeddings=shape.tie_weights,
-    )
-    model = GPT2LMHeadModel(config).eval()
+    params, settings = load_params(ROOT / "params.yaml"), GenerationSettings()
+    model: Any = transformers_model(params.model, VOCAB_SIZE, params.train.seed).eval()
     prompt = torch.tensor([encode(PROMPT)] * texts)
     sampling = {"do_sample": not greedy} | (
         {} if greedy else {"temperature": settings.temperature, "top_k": settings.top_k}
@@ -98,7 +85,7 @@ def transformers(texts: int, greedy: bool) -> Callable[[], object]:
 
 
 def compare(rounds: int, greedy: bool) -> None:
-    print_circumstances()
+    print_circumstances(os.cpu_count() or 1)
     print(f"{'greedy' if greedy else 'sampled'}, {TOKENS} tokens after {PROMPT!r}\n")
     for texts in TEXTS:
         found: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
@@ -115,7 +102,7 @@ def compare(rounds: int, greedy: bool) -> None:
 
 def start(rounds: int) -> None:
     """Print the seconds until one token is written, beside those of importing torch and reading the weights."""
-    print_circumstances()
+    print_circumstances(os.cpu_count() or 1)
     model = ROOT / "data" / "model"
     infer = (sys.executable, str(ROOT / "src" / "infer.py"), "--prompt", "x", "--max_tokens", "1", "--device", "cpu")
     reading = f"import torch; open({str(model / 'model.safetensors')!r}, 'rb').read()"
@@ -144,7 +131,7 @@ def int8_cost() -> None:
     from gpt2.decoding import Decoder, Quantization
     from gpt2.weights import load_model
 
-    print_circumstances()
+    print_circumstances(os.cpu_count() or 1)
     model, config = load_model(ROOT / "data" / "model")
     tokens = load_tokens(ROOT / "data" / "tokens" / "test.bin")
     kinds: tuple[Quantization, ...] = ("none", "int8")
@@ -164,7 +151,7 @@ def serve(seconds: float) -> None:
     """Print how long clients wait for their answers, alone and CLIENTS at once, and the server's memory."""
     import psutil
 
-    print_circumstances()
+    print_circumstances(os.cpu_count() or 1)
     command = ["mlflow", "models", "serve", "-m", "models:/gpt2@champion", "--env-manager", "local", "-p", str(PORT)]
     environment = os.environ | {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
     server = subprocess.Popen(
@@ -222,18 +209,6 @@ def run(*command: str) -> str:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
     return done.stdout
-
-
-def print_circumstances() -> None:
-    import torch
-
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        print(f"{processor}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
-    versions = f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}"
-    print(f"{versions}, commit {commit.strip()}, {' '.join(sys.argv)}")
 
 
 def main() -> None:

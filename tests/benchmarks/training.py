@@ -11,7 +11,6 @@ meanwhile.
 import argparse
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,20 +22,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from peers import ROOT, print_circumstances, transformers_model
+
 sys.path.insert(0, str(ROOT / "src"))
 
-import gpt2  # noqa: E402, F401  # before torch: it sets how torch's threads wait
+import gpt2  # noqa: F401  # before torch: it sets how torch's threads wait
 
 # isort: split
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+from torch import Tensor, nn
 
-from gpt2.batches import Tokens, TrainingBatches, load_tokens, validation_batches  # noqa: E402
-from gpt2.checkpoints import Checkpoints  # noqa: E402
-from gpt2.config import Params, load_params  # noqa: E402
-from gpt2.runtime import (  # noqa: E402
+from gpt2.batches import Tokens, TrainingBatches, load_tokens, validation_batches
+from gpt2.checkpoints import Checkpoints
+from gpt2.config import Params, load_params
+from gpt2.runtime import (
     autocast,
     choose_device,
     choose_precision,
@@ -44,9 +44,9 @@ from gpt2.runtime import (  # noqa: E402
     peak_memory_bytes,
     use_threads,
 )
-from gpt2.tokenizer import VOCAB_SIZE  # noqa: E402
-from gpt2.training import build_model, train  # noqa: E402
-from gpt2.vocabulary import TextVocabulary  # noqa: E402
+from gpt2.tokenizer import VOCAB_SIZE
+from gpt2.training import build_model, train
+from gpt2.vocabulary import TextVocabulary
 
 PEER_TOKENS, PEER_RATE, PEER_WARMUP = 600_000, 6e-4, 10
 Step = Callable[[int], object]
@@ -97,31 +97,8 @@ def plain_loop(params: Params, batches: TrainingBatches, device: torch.device, p
     return plain(model, model, params, batches, device, precision)
 
 
-def transformers_model(params: Params, device: torch.device) -> nn.Module:
-    """The peer, at the same shape: untied, and with the same dropout."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    shape = params.model
-    config = GPT2Config(
-        vocab_size=VOCAB_SIZE,
-        n_positions=shape.max_len,
-        n_embd=shape.d_model,
-        n_layer=shape.n_layers,
-        n_head=shape.n_heads,
-        n_inner=shape.d_ff,
-        resid_pdrop=shape.dropout,
-        embd_pdrop=shape.dropout,
-        attn_pdrop=shape.dropout,
-        tie_word_embeddings=shape.tie_weights,
-        use_cache=False,
-    )
-    torch.manual_seed(params.train.seed)
-    model: nn.Module = GPT2LMHeadModel(config)
-    return model.to(device).train()
-
-
 def transformers(params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype) -> Step:
-    model = transformers_model(params, device)
+    model = transformers_model(params.model, VOCAB_SIZE, params.train.seed, use_cache=False).to(device).train()
     return plain(model, lambda tokens: model(tokens).logits, params, batches, device, precision)
 
 
@@ -204,7 +181,7 @@ def in_a_process(*arguments: str) -> dict[str, float]:
 
 
 def compare(rounds: int, steps: int, precision: str) -> None:
-    print_circumstances(precision)
+    print_setting(precision)
     params = load_params(ROOT / "params.yaml")
     batch_tokens = params.train.batch_size * params.train.sequence_length
     results: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *PEERS)}
@@ -239,28 +216,20 @@ def operations_per_token(params: Params, logits: int) -> int:
     return 6 * (weights + shape.n_layers * params.train.sequence_length * shape.d_model)
 
 
-def print_circumstances(precision: str) -> None:
-    from importlib.metadata import version
-
+def print_setting(precision: str) -> None:
     params, device, chosen, _ = prepare(precision)
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        print(f"{processor}, {torch.backends.cpu.get_cpu_capability()}, {params.train.threads} threads")
+    print_circumstances(params.train.threads)
     if device.type == "cuda":
         print(torch.cuda.get_device_name(device))
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {version('transformers')}"
-    print(f"{versions}, commit {commit.strip()}")
     print(
         f"{device.type}, {chosen}, batch {params.train.batch_size} x {params.train.sequence_length}, "
-        f"dropout {params.model.dropout}, {' '.join(sys.argv)}"
+        f"dropout {params.model.dropout}"
     )
 
 
 def time_to_loss(precision_name: str) -> None:
     """Print how long transformers takes to its loss after PEER_TOKENS tokens, and ours to the same; on val windows."""
-    print_circumstances(precision_name)
+    print_setting(precision_name)
     params, device, precision, tokens = prepare(precision_name, eval_interval=2)
     setting = params.train
     validation = partial(
@@ -269,7 +238,7 @@ def time_to_loss(precision_name: str) -> None:
     batches = TrainingBatches(tokens["train"], setting.batch_size, setting.sequence_length, setting.seed)
     steps = round(PEER_TOKENS / (setting.batch_size * setting.sequence_length))
     began = time.perf_counter()
-    model = transformers_model(params, device)
+    model = transformers_model(params.model, VOCAB_SIZE, params.train.seed, use_cache=False).to(device).train()
     step = plain(model, lambda x: model(x).logits, params, batches, device, precision, steps)
     for index in range(steps):
         step(index)

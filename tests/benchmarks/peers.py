@@ -1,0 +1,54 @@
+"""What the benchmarks share: the peer, and the circumstances that they print. It loads PyTorch only when called."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gpt2.config import ModelParams
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def transformers_model(shape: ModelParams, vocab_size: int, seed: int, **changes: Any) -> nn.Module:
+    """Return transformers' GPT2LMHeadModel of that shape, tied if it is, with random weights."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=shape.max_len,
+        n_embd=shape.d_model,
+        n_layer=shape.n_layers,
+        n_head=shape.n_heads,
+        n_inner=shape.d_ff,
+        resid_pdrop=shape.dropout,
+        embd_pdrop=shape.dropout,
+        attn_pdrop=shape.dropout,
+        tie_word_embeddings=shape.tie_weights,
+        **changes,
+    )
+    torch.manual_seed(seed)
+    model: nn.Module = GPT2LMHeadModel(config)
+    return model
+
+
+def print_circumstances(threads: int) -> None:
+    """Print the processor, the versions, the commit and the command."""
+    import torch
+
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        print(f"{processor}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {version('transformers')}"
+    print(f"{versions}, commit {commit.strip()}, {' '.join(sys.argv)}")
