@@ -42,6 +42,7 @@ TINY = {
         "log_interval": 2,
         "eval_interval": 3,
         "eval_windows": 4,
+        "threads": 1,
         "device": "cpu",
     },
     "evaluate": {"stride": 16},

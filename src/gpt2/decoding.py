@@ -6,9 +6,8 @@ value in one matrix, and if asked for in int8. The logits are GPT2Model's, to ro
 Shapes: B texts, each in a row; R of these rows; T positions, C d_model, H heads, D head size, V vocabulary.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -18,28 +17,34 @@ from torch import Tensor
 from gpt2.cache import KeyValueCache
 from gpt2.cli import UserError
 from gpt2.model import GPT2Model, TransformerBlock
+from gpt2.quantization import Map, Shortlist, int8_linear
 
 Quantization = Literal["none", "int8"]
-Map = Callable[[Tensor], Tensor]
 
 
 class Decoder:
     """Gives the logits of the next token of up to B texts, each of at most max_len tokens.
 
-    Raises UserError if int8 is asked for and the model is not on the CPU.
+    Raises UserError if int8 is asked for and the model is not on the CPU, or its weights are not finite.
     """
 
     def __init__(self, model: GPT2Model, rows: int, quantization: Quantization = "none") -> None:
         self.rows, self._max_len = rows, model.max_len
         self._device = model.output_projection.weight.device
-        if quantization == "int8" and self._device.type != "cpu":
-            raise UserError(f"int8 weights are for the CPU, not {self._device.type}")
+        if quantization == "int8":
+            if self._device.type != "cpu":
+                raise UserError(f"int8 weights are for the CPU, not {self._device.type}")
+            for name, weight in model.named_parameters():
+                if not weight.sum().isfinite():
+                    raise UserError(f"the model's weights are ruined: {name} is not finite")
         self._embed, self._embed_position = model.token_embedding, model.position_embedding
         self._blocks = [
             _Block(block, quantization) for block in model.transformer_blocks if isinstance(block, TransformerBlock)
         ]
         self._layer_norm = model.layer_norm
-        self.project = fast_linear(model.output_projection.weight, quantization=quantization)
+        self._head = model.output_projection.weight
+        self.project = fast_linear(self._head, quantization=quantization)
+        self._has_shortlist = quantization == "none" and self._device.type == "cpu"
         n_heads, width = self._blocks[0].n_heads, model.token_embedding.embedding_dim
         self._cache = KeyValueCache(
             n_layers=len(self._blocks),
@@ -68,20 +73,29 @@ class Decoder:
         return self._features(tokens.to(self._device))
 
     @torch.inference_mode()
-    def go_on(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Put a token behind each text of the first rows, at these positions; return the logits after it (R, V)."""
+    def go_on(self, tokens: Sequence[int], positions: Sequence[int], wanted: int | None = None) -> Tensor:
+        """Put a token behind each text of the first rows, at these positions; return the logits after it (R, V).
+
+        If only so many of the largest are wanted, others may be -inf.
+        """
         if self._replay:
             return self._replay(torch.tensor(tokens), torch.tensor(positions))
         new, places = (torch.tensor(numbers, device=self._device) for numbers in (tokens, positions))
-        return self._step(new, places, max(positions) + 1)
+        return self._step(new, places, max(positions) + 1, wanted if self._has_shortlist else None)
 
     def move(self, source: int, target: int) -> None:
         """Put the text of one row in another's place."""
         self._cache.move(source, target)
 
-    def _step(self, tokens: Tensor, positions: Tensor, used: int) -> Tensor:
+    def _step(self, tokens: Tensor, positions: Tensor, used: int, wanted: int | None = None) -> Tensor:
         self._cache.go_on(positions, used)
-        return self.project(self._features(tokens[:, None])[:, 0])
+        features = self._features(tokens[:, None])[:, 0]
+        return self.project(features) if wanted is None else self._shortlist(features, wanted)
+
+    @cached_property
+    def _shortlist(self) -> Shortlist:
+        """Made at the second token, so that the first comes sooner."""
+        return Shortlist(self._head, self.project)
 
     def _features(self, tokens: Tensor) -> Tensor:
         """Map token ids (R, T) to what the output projection reads (R, T, C)."""
@@ -146,15 +160,5 @@ def fast_linear(
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         attached, approximation = ("none", "") if gelu is None else ("gelu", gelu)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, attached, [], approximation)
-    linear: Map = partial(F.linear, weight=weight, bias=bias) if quantization == "none" else _int8_linear(weight, bias)
+    linear: Map = partial(F.linear, weight=weight, bias=bias) if quantization == "none" else int8_linear(weight, bias)
     return linear if gelu is None else lambda x: F.gelu(linear(x), approximate=gelu)
-
-
-def _int8_linear(weight: Tensor, bias: Tensor | None) -> Map:
-    """Return the map with int8 weights, at one scale for each output; x is rounded too, at one scale for all of it."""
-    scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    zeros = torch.zeros(len(weight), dtype=torch.long)
-    with warnings.catch_warnings(action="ignore"):  # PyTorch is to move quantization to another package
-        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-    packed = torch.ops.quantized.linear_prepack(rounded, bias)
-    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)  # a bit less of x, or products would overflow

@@ -19,7 +19,7 @@ from gpt2.cli import UserError
 from gpt2.config import Count, Float, SamplingParams, Seed
 from gpt2.decoding import Decoder, Quantization
 from gpt2.model import GPT2Model
-from gpt2.sampling import draw
+from gpt2.sampling import draw, logits_wanted
 
 MAX_ROWS = 16  # texts written at once
 
@@ -67,7 +67,7 @@ class Text:
 
 
 class Writer:
-    """Writes up to `rows` texts at once with a model. Raises UserError if int8 is asked for on a GPU."""
+    """Writes up to `rows` texts at once with a model. Raises UserError where the model is not fit for int8."""
 
     def __init__(self, model: GPT2Model, rows: int, quantization: Quantization = "none") -> None:
         self._decoder = Decoder(model, rows, quantization)
@@ -105,7 +105,8 @@ class Writer:
         if len(new) == len(rows):
             return self._decoder.begin(new).cpu()
         positions = [0 if row in new else len(text.tokens) - (text.seen_from or 0) - 1 for row, text in enumerate(rows)]
-        logits = self._decoder.go_on([text.tokens[-1] for text in rows], positions).cpu()
+        wanted = logits_wanted(text.settings for text in rows)
+        logits = self._decoder.go_on([text.tokens[-1] for text in rows], positions, wanted).cpu()
         return logits.index_copy(0, torch.tensor(list(new)), self._decoder.begin(new).cpu()) if new else logits
 
 

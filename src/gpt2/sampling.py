@@ -4,7 +4,7 @@ Shapes: V vocabulary, or what a filter before has left of it; N tokens of a text
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,17 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < logits.max() + math.log(p), -torch.inf)
 
 
+def logits_wanted(settings: Iterable[SamplingParams]) -> int | None:
+    """Return how many of the largest logits `draw` needs at most by any of these settings; None means all."""
+    most = 0
+    for setting in settings:
+        count = _top_k(setting)
+        if count is None or setting.repetition_penalty != 1:
+            return None
+        most = max(most, count)
+    return most
+
+
 def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator, text: Sequence[int]) -> int:
     """Draw the token that follows a text (N,) from logits (V,) on the CPU.
 
@@ -48,14 +59,13 @@ def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator, te
     """
     if setting.repetition_penalty != 1:
         logits = penalize(logits, torch.tensor(text), setting.repetition_penalty)
-    greedy = setting.temperature < GREEDY_BELOW
     tokens = None
-    if count := 1 if greedy else setting.top_k:
+    if count := _top_k(setting):
         logits, tokens = logits.topk(min(count, len(logits)))
     largest = logits.max()
     if not largest.isfinite():
         raise UserError(f"the model's weights are ruined: a logit is {largest.item()}")
-    if greedy and tokens is not None:
+    if tokens is not None and len(tokens) == 1:
         return int(tokens)
     logits = (logits - largest) / setting.temperature
     if setting.top_p is not None:
@@ -65,3 +75,7 @@ def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator, te
     sums = logits.double().exp().cumsum(-1)
     chosen = torch.searchsorted(sums, sums[-1] * (1 - torch.rand((), dtype=torch.double, generator=generator)))
     return int(chosen if tokens is None else tokens[chosen])
+
+
+def _top_k(setting: SamplingParams) -> int | None:
+    return 1 if setting.temperature < GREEDY_BELOW else setting.top_k

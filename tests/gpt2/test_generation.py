@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpt2.decoding import Quantization
 from gpt2.generation import GenerationSettings, Text, Writer, write_all
 from gpt2.model import GPT2Model
 from gpt2.sampling import draw
@@ -142,11 +143,16 @@ def test_prompts_that_cannot_be_continued_are_refused(error_line: ErrorLine, pro
     assert words in error_line(lambda: text_of(prompt))
 
 
-def test_ruined_weights_are_named(make_model: MakeModel, error_line: ErrorLine) -> None:
+@pytest.mark.parametrize("part", ["output_projection", "layer_norm"])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_ruined_weights_are_named(
+    make_model: MakeModel, error_line: ErrorLine, part: str, quantization: Quantization
+) -> None:
     model = make_model(vocab_size=VOCAB_SIZE, d_model=8)
     with torch.no_grad():
-        model.output_projection.weight[7] = torch.nan
-    assert "the model's weights are ruined" in error_line(lambda: write_all(model, [text_of("One")]))
+        model.get_parameter(f"{part}.weight")[7] = torch.nan
+    line = error_line(lambda: next(Writer(model, 1, quantization).write(deque([text_of("One")]))))
+    assert "the model's weights are ruined" in line
 
 
 def test_no_texts_are_no_texts(model: GPT2Model) -> None:
