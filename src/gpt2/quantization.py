@@ -30,6 +30,7 @@ class Shortlist:
     def __init__(self, weight: Tensor, project: Map) -> None:
         """weight is (V, C); project maps x (N, C) to x @ weight.T (N, V), where few rows can be left out."""
         self._weight, self._project = weight.detach(), project
+        self._groups = len(weight) // 16
         rounded = _quantize(self._weight)
         self._product = _linear(rounded, None)
         norms = self._weight.norm(dim=1)
@@ -38,14 +39,15 @@ class Shortlist:
 
     def __call__(self, x: Tensor, count: int) -> Tensor:
         """Return x (N, C) @ weight.T (N, V), in which what is not among the `count` largest of a row may be -inf."""
-        if count * len(x) > len(self._weight) // 16 or not x.isfinite().all():
+        if count * len(x) > self._groups or not x.isfinite().all():
             return self._project(x)
         bounds, products = self._bounds(x), self._product(x)
-        least = (products - bounds).topk(count).values[:, -1:]  # the last of the largest is no smaller
+        lower = (products - bounds)[:, : self._groups * 16].unflatten(1, (16, -1)).amax(1)  # the best of each group
+        least = lower.topk(count).values[:, -1:]  # none of the largest is smaller
         found = (~(products + bounds < least)).any(0).nonzero()[:, 0]  # NaN is found
-        if len(found) > len(self._weight) // 8:
+        if len(found) > 2 * self._groups:
             return self._project(x)
-        return torch.full_like(products, -torch.inf).index_copy(1, found, x @ self._weight[found].T)
+        return torch.full_like(products, -torch.inf).index_copy_(1, found, x @ self._weight[found].T)
 
     def _bounds(self, x: Tensor) -> Tensor:
         """Return how far the int8 products (N, V) may be off."""
