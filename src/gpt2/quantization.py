@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
+GROUPED = 16  # rows, of whose products only the best counts where the least of the largest is sought
 
 
 def int8_linear(weight: Tensor, bias: Tensor | None = None) -> Map:
@@ -30,7 +31,7 @@ class Shortlist:
     def __init__(self, weight: Tensor, project: Map) -> None:
         """weight is (V, C); project maps x (N, C) to x @ weight.T (N, V), where few rows can be left out."""
         self._weight, self._project = weight.detach(), project
-        self._groups = len(weight) // 16
+        self._groups = len(weight) // GROUPED
         rounded = _quantize(self._weight)
         self._product = _linear(rounded, None)
         norms = self._weight.norm(dim=1)
@@ -39,11 +40,11 @@ class Shortlist:
 
     def __call__(self, x: Tensor, count: int) -> Tensor:
         """Return x (N, C) @ weight.T (N, V), in which what is not among the `count` largest of a row may be -inf."""
-        if count * len(x) > self._groups or not x.isfinite().all():
+        if count * len(x) > self._groups or not x.isfinite().all():  # many are found no sooner
             return self._project(x)
         bounds, products = self._bounds(x), self._product(x)
-        lower = (products - bounds)[:, : self._groups * 16].unflatten(1, (16, -1)).amax(1)  # the best of each group
-        least = lower.topk(count).values[:, -1:]  # none of the largest is smaller
+        grouped = (products - bounds)[:, : self._groups * GROUPED].unflatten(1, (GROUPED, -1))
+        least = grouped.amax(1).topk(count).values[:, -1:]  # none of the largest is smaller
         found = (~(products + bounds < least)).any(0).nonzero()[:, 0]  # NaN is found
         if len(found) > 2 * self._groups:
             return self._project(x)

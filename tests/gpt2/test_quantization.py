@@ -28,7 +28,7 @@ def test_most_of_the_weight_is_left_out() -> None:
     assert 5 <= found.isfinite().all(0).sum() <= V / 8
 
 
-def test_rounding_is_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_is_within_its_bound() -> None:
     weight, x = torch.randn(V, C) * torch.logspace(-3, 3, V)[:, None], torch.randn(2, C) * torch.tensor([[1.0], [9.0]])
     listed = shortlist(weight)
     off = (listed._product(x) - x @ weight.T).abs()
