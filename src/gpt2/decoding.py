@@ -20,6 +20,7 @@ from gpt2.model import GPT2Model, TransformerBlock
 from gpt2.quantization import Map, Shortlist, int8_linear
 
 Quantization = Literal["none", "int8"]
+SHORTLIST_AFTER = 128  # tokens; to make it takes as long as it saves on some 200
 
 
 class Decoder:
@@ -44,7 +45,8 @@ class Decoder:
         self._layer_norm = model.layer_norm
         self._head = model.output_projection.weight
         self.project = fast_linear(self._head, quantization=quantization)
-        self._has_shortlist = quantization == "none" and self._device.type == "cpu"
+        self._may_shortlist = quantization == "none" and self._device.type == "cpu"
+        self._steps = 0
         n_heads, width = self._blocks[0].n_heads, model.token_embedding.embedding_dim
         self._cache = KeyValueCache(
             n_layers=len(self._blocks),
@@ -81,7 +83,9 @@ class Decoder:
         if self._replay:
             return self._replay(torch.tensor(tokens), torch.tensor(positions))
         new, places = (torch.tensor(numbers, device=self._device) for numbers in (tokens, positions))
-        return self._step(new, places, max(positions) + 1, wanted if self._has_shortlist else None)
+        self._steps += 1
+        shortlisted = self._may_shortlist and self._steps > SHORTLIST_AFTER
+        return self._step(new, places, max(positions) + 1, wanted if shortlisted else None)
 
     def move(self, source: int, target: int) -> None:
         """Put the text of one row in another's place."""
@@ -94,7 +98,6 @@ class Decoder:
 
     @cached_property
     def _shortlist(self) -> Shortlist:
-        """Made at the second token, so that the first comes sooner."""
         return Shortlist(self._head, self.project)
 
     def _features(self, tokens: Tensor) -> Tensor:

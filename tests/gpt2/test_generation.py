@@ -16,6 +16,11 @@ MakeModel = Callable[..., GPT2Model]
 MAX_LEN = 8
 
 
+@pytest.fixture(autouse=True)
+def shortlist_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt2.decoding.SHORTLIST_AFTER", 3)
+
+
 @pytest.fixture(scope="module")
 def model(make_model: MakeModel) -> GPT2Model:
     model = make_model(vocab_size=VOCAB_SIZE, max_len=MAX_LEN, d_model=8)
