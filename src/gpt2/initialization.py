@@ -1,15 +1,14 @@
-"""Weights to start from, so that training begins as a bigram model which sees the tokens before.
+"""Weights to start from, so that training begins with what the text's pairs of tokens tell.
 
 What follows what in the training text fills the embeddings: the matrix of each pair's surprise over Kneser-Ney's
 back-off (Kneser & Ney 1995) is factored, as word embeddings factor that of pointwise mutual information (Levy &
 Goldberg 2014); one side becomes the token embedding, the other the output projection. Then both are fitted to
 Kneser-Ney's probabilities, where one row of logits learns from all that ever followed a token, and not from a single
-place of the text. Positions have dimensions of their own, by which the first block's heads look one, two, three ...
-tokens back. The blocks have no part in the residual stream yet (Zhang et al. 2019, "Fixup"), so the first logits are
-those of the factors.
+place of the text. The first block's heads look one, two, three ... tokens back (look_back.py). All else in the blocks
+has no part in the residual stream yet (Zhang et al. 2019, "Fixup").
 
 Shapes: N tokens of the text, M different ones among them, P different pairs, K rank, S tokens of a step of the fit,
-L dimensions for positions, T positions, C d_model, H heads, D head size, V vocabulary.
+L dimensions for positions, C d_model, V vocabulary.
 """
 
 import math
@@ -21,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.batches import Tokens
-from gpt2.model import GPT2Model, MultiHeadAttention, TransformerBlock
+from gpt2.look_back import add_what_is_seen, look_back, place_waves
+from gpt2.model import GPT2Model, TransformerBlock
 
 COUNTED_TOKENS = 50_000_000  # sorting the pairs takes some 50 bytes for each
 DISCOUNT = 0.75  # of each count, in favour of pairs that never occurred
@@ -66,9 +66,10 @@ def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
         block.attention.w_o.weight.zero_()
         block.feed_forward.linear2.weight.zero_()
     if places:
-        angles = torch.arange(model.max_len)[:, None] * _frequencies(places, model.max_len)  # (T, L / 2)
-        model.position_embedding.weight.copy_(_waves(angles) @ place_axes)
-        _look_back(blocks[0].attention, place_axes, model.max_len)
+        model.position_embedding.weight.copy_(place_waves(places, model.max_len) @ place_axes)
+        look_back(blocks[0].attention, place_axes, model.max_len)
+        embedding, output_rows = model.token_embedding.weight[seen], model.output_projection.weight[seen]
+        add_what_is_seen(blocks[0], text, embedding, model.layer_norm.bias, output_rows)
 
 
 @dataclass(frozen=True)
@@ -145,28 +146,3 @@ def _fit(bigrams: Bigrams, before: Tensor, after: Tensor) -> tuple[Tensor, Tenso
         optimizer.step()
         optimizer.zero_grad()
     return F.normalize(before.detach(), dim=1), after.detach(), bias.detach()
-
-
-def _look_back(attention: MultiHeadAttention, place_axes: Tensor, max_len: int) -> None:
-    """Let head h attend to the token h + 1 places back: its query is the position's waves, turned back so far."""
-    frequencies = _frequencies(len(place_axes), max_len)
-    for weight in (attention.w_q.weight, attention.w_k.weight):
-        weight.zero_()
-    queries, keys = (
-        x.weight.unflatten(0, (attention.n_heads, -1)) for x in (attention.w_q, attention.w_k)
-    )  # (H, D, C)
-    for head in range(attention.n_heads):
-        cosine, sine = ((head + 1) * frequencies).cos().diag(), ((head + 1) * frequencies).sin().diag()
-        turn = torch.cat([torch.cat([cosine, sine], 1), torch.cat([-sine, cosine], 1)])  # (L, L)
-        queries[head, : len(place_axes)] = turn @ place_axes
-        keys[head, : len(place_axes)] = place_axes
-
-
-def _frequencies(places: int, max_len: int) -> Tensor:
-    """Return angles a position (L / 2,), from half a turn over the whole context to nearly half a turn a position."""
-    return torch.logspace(math.log10(math.pi / max_len), math.log10(0.9 * math.pi), places // 2)
-
-
-def _waves(angles: Tensor) -> Tensor:
-    """Return cosines and sines of angles (T, L / 2), as (T, L) of mean square 1 (Vaswani et al. 2017, section 3.5)."""
-    return math.sqrt(2) * torch.cat([angles.cos(), angles.sin()], 1)

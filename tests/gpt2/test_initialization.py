@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.initialization import count_bigrams, start_from_bigrams
-from gpt2.model import GPT2Model, TransformerBlock
+from gpt2.model import GPT2Model
 
 MakeModel = Callable[..., GPT2Model]
 VOCABULARY, SEEN = 61, 50
@@ -63,28 +63,6 @@ def test_few_dimensions_still_help(make_model: MakeModel, text: np.ndarray) -> N
         start_from_bigrams(model, text)
         losses.append(loss_of(model, text))
     assert losses == sorted(losses, reverse=True) and losses[0] < math.log(SEEN)
-
-
-def test_first_logits_are_of_the_last_token_alone(make_model: MakeModel, text: np.ndarray) -> None:
-    model = make_model(d_model=48)
-    start_from_bigrams(model, text)
-    logits = model(torch.tensor([[3, 4, 5, 3]]))
-    torch.testing.assert_close(logits[0, 0], logits[0, 3], atol=1e-4, rtol=0)
-    assert not torch.allclose(logits[0, 0], logits[0, 1], atol=1)
-
-
-def test_each_head_looks_one_token_farther_back(make_model: MakeModel, text: np.ndarray) -> None:
-    model = make_model(d_model=96, n_heads=3)
-    start_from_bigrams(model, text)
-    block = next(one for one in model.modules() if isinstance(one, TransformerBlock))
-    tokens = torch.from_numpy(text[: model.max_len].astype(np.int64))
-    x = block.layer_norm1(model.token_embedding(tokens) + model.position_embedding.weight)
-    queries, keys = (one(x).unflatten(1, (3, -1)).transpose(0, 1) for one in (block.attention.w_q, block.attention.w_k))
-    scores = (queries @ keys.mT).masked_fill(torch.ones(model.max_len, model.max_len).triu(1).bool(), -torch.inf)
-    for head in range(3):
-        first = head + 1  # that can look so far back
-        places = torch.arange(first, model.max_len)
-        assert torch.equal(scores[head].argmax(1)[first:], places - first), head
 
 
 def test_is_a_function_of_the_seed_and_the_text(make_model: MakeModel, text: np.ndarray) -> None:
