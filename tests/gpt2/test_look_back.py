@@ -16,7 +16,7 @@ SEEN = 20
 
 @pytest.fixture(scope="module")
 def text() -> np.ndarray:
-    """Tokens below SEEN, each the sum of the token before and one of the third before, mostly."""
+    """Tokens below SEEN, mostly with the tens of the token before and the units of the third before."""
     generator = np.random.default_rng(1)
     tokens = [0, 1, 2]
     for _ in range(20_000):
