@@ -9,7 +9,7 @@ from gpt2.config import Params, load_params
 from gpt2.files import read_json, write_json
 from gpt2.lineage import train_key
 from gpt2.project import METRICS, MODEL, PARAMS, RECEIPT, TOKENS, training_state
-from gpt2.registry import TEST_LOSS, TEST_SHA256, describe, promote, register, verify
+from gpt2.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, describe, promote, register, verify
 from gpt2.tracking import MODEL_SHA256, mirror_run
 from gpt2.weights import read_config
 
@@ -36,9 +36,11 @@ def register_results(params: Params) -> None:
     """Bring what the stages before have written into MLflow."""
     name, alias = params.register_.name, params.register_.alias
     _, model_sha256 = read_config(MODEL)
+    evaluated = read_json(METRICS / "evaluate.json")
     tags = {
         MODEL_SHA256: model_sha256,
-        TEST_LOSS: repr(read_json(METRICS / "evaluate.json")["loss"]),
+        TEST_LOSS: repr(evaluated["loss"]),
+        TEST_STRIDE: str(evaluated["stride"]),
         TEST_SHA256: read_json(TOKENS / "meta.json")["splits"]["test"]["sha256"],
     }
     with mirror_run(params, model_sha256) as run:

@@ -64,6 +64,7 @@ def run_infer(model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_seed_repeats_the_text(run_infer: Infer) -> None:
     arguments = ("-p", "The state", "-t", "5", "--temperature", "1")
     first, second, other = (run_infer(*arguments, "--seed", seed) for seed in ("1", "1", "2"))
+    assert first[1] == run_infer(*arguments, "--seed", "1", "--quantize", "none")[1]
     assert first[0] == 0 and first[1].startswith("The state") and len(first[1]) > len("The state\n")
     assert first[1] == second[1] != other[1]
 
@@ -100,6 +101,7 @@ def test_a_prompt_beyond_the_context_is_cut_and_said(run_infer: Infer) -> None:
         (["-p", "a", "--seed", "!!timestamp noon"], "seed should be"),
         (["-p", "a", "--seed", "[" * 5000], "seed should be"),
         (["-p", "a", "--max_tokens", "0"], "max_tokens should be"),
+        (["-p", "a", "--quantize", "int4"], "quantize should be 'none' or 'int8'"),
         (["-p", "a", "--tempereture", "1"], "--tempereture"),
         (["-p", "a", "--model", "absent"], "absent does not exist"),
     ],

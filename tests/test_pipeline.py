@@ -495,8 +495,8 @@ def test_killed_at_any_moment_equals_unbroken(
     kills.append(is_alive(waiting))
     kill(waiting)
     dvc.wait(60)
-    kills += [strike(stage) for stage in [*["train"] * 8, "evaluate", "sample", *["register"] * 3]]
-    assert sum(kills) >= 10
+    kills += [strike(stage) for stage in [*["train"] * 5, "evaluate", "sample", *["register"] * 2]]
+    assert sum(kills) >= 8
     delete_broken_lock_file(killed)
     subprocess.run(["dvc", "repro", "--quiet"], cwd=killed, env=noting, check=True)
 
@@ -574,6 +574,12 @@ def test_a_server_that_dies_costs_no_step(
         assert stages_run(output) == ["register"] and completing.returncode == 0, errors
         (run,) = runs_by_name(folder, server).values()
         assert_complete(folder, run, max_steps, server)
+        (tmp_path / "temporary").mkdir()
+        variables = environment | {"MLFLOW_TRACKING_URI": server, "TMPDIR": str(tmp_path / "temporary")}
+        write = [sys.executable, "src/infer.py", "--prompt", "Roses", "--max_tokens", "3"]
+        subprocess.run(write, cwd=folder, env=variables, check=True)
+    kept = folder / ".cache/models" / run.data.tags["gpt2.model_sha256"]
+    assert list(kept.rglob("model.safetensors")) and not list((tmp_path / "temporary").iterdir())
     assert digests(folder) == before
     assert not (folder / "mlflow.db").exists()
 

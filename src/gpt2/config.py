@@ -13,12 +13,26 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from gpt2.cli import UserError
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
+MOST = 2**31  # all numbers are below it
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise ValueError("should be auto, cpu, mps, cuda or cuda:N")
+    return name
+
+
+def _prompt(text: str) -> str:
+    if not text.strip():
+        raise ValueError("should not be blank")
+    return text
+
+
+def _alias(name: str) -> str:
+    """MLflow reads latest and v1 as versions."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or re.fullmatch(r"latest|v\d+", name, re.IGNORECASE):
+        raise ValueError("should be letters, digits, _ or -, and neither latest nor like v1")
     return name
 
 
@@ -30,9 +44,9 @@ def _number(value: Any) -> Any:
 
 Device = Annotated[str, AfterValidator(_device)]
 Float = Annotated[float, BeforeValidator(_number)]
-Count = Annotated[int, Field(gt=0, lt=2**31)]
+Count = Annotated[int, Field(gt=0, lt=MOST)]
 Size = Annotated[int, Field(gt=0, le=2**20)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=MOST)]
 Fraction = Annotated[Float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -98,11 +112,11 @@ class SamplingParams(Section):
     top_k: Count | None = None
     top_p: Annotated[Float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[Float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[Float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[Float, Field(ge=0.01, le=100)] = 1.0
 
 
 class SampleParams(Section):
-    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    prompts: Annotated[list[Annotated[str, AfterValidator(_prompt)]], Field(min_length=1)]
     settings: Annotated[list[SamplingParams], Field(min_length=1)]
     max_tokens: Count
     seed: Seed
@@ -110,7 +124,7 @@ class SampleParams(Section):
 
 class RegisterParams(Section):
     name: Name
-    alias: Name
+    alias: Annotated[str, AfterValidator(_alias)]
 
 
 class Params(Section):
@@ -148,8 +162,8 @@ def find_conflicts(raw: Any) -> list[str]:
         return found.get(key) if isinstance(found, dict) else None
 
     def numbers(*names: str) -> tuple[Any, ...]:
-        values = tuple(value(name) for name in names)
-        return values if all(isinstance(value, int | float) and value > 0 for value in values) else ()
+        values = tuple(_number(value(name)) for name in names)
+        return values if all(isinstance(value, int | float) and 0 < value < MOST for value in values) else ()
 
     conflicts = []
     for divided, divisor in (("model.d_model", "model.n_heads"), ("train.batch_size", "train.micro_batch_size")):
@@ -160,10 +174,11 @@ def find_conflicts(raw: Any) -> list[str]:
             conflicts.append(f"{name} {pair[0]} is more than model.max_len {pair[1]}")
     if (pair := numbers("train.max_bad_steps", "train.max_steps")) and pair[0] >= pair[1]:
         conflicts.append(f"train.max_bad_steps {pair[0]} is not below train.max_steps {pair[1]}")
-    if value("train.initialization") == "bigrams" and value("model.tie_weights") is True:
-        conflicts.append("train.initialization bigrams needs model.tie_weights false")
-    if value("train.initialization") == "bigrams" and (size := numbers("model.d_model")) and size[0] < 3:
-        conflicts.append(f"train.initialization bigrams needs model.d_model 3 or more ({size[0]})")
+    if value("train.initialization") == "bigrams":
+        if value("model.tie_weights") is True:
+            conflicts.append("train.initialization bigrams needs model.tie_weights false")
+        if (size := numbers("model.d_model")) and size[0] < 3:
+            conflicts.append(f"train.initialization bigrams needs model.d_model 3 or more ({size[0]})")
     if sum(numbers("prepare.val_fraction", "prepare.test_fraction")) >= 1:
         conflicts.append("prepare.val_fraction and prepare.test_fraction leave nothing to train on")
     return conflicts

@@ -20,7 +20,7 @@ from gpt2.model import GPT2Model, TransformerBlock
 from gpt2.quantization import Map, Shortlist, int8_linear
 
 Quantization = Literal["none", "int8"]
-SHORTLIST_AFTER = 128  # tokens; to make it takes as long as it saves on some 200
+SHORTLIST_AFTER = 128  # steps; to make it takes as long as it saves on some 200
 
 
 class Decoder:

@@ -49,6 +49,7 @@ class Text:
         self.tokens = tokenizer.encode(prompt)  # and what has been written since
         self.written = 0  # tokens
         self.ended = False
+        self.abandoned = False  # by its reader; then it ends at the next token
         self.seen_from: int | None = None  # the model sees the tokens from here on
         self._generator = torch.Generator().manual_seed(self.seed)
         self._stream = tokenizer.TextStream(settings.stop)
@@ -56,7 +57,7 @@ class Text:
     def write(self, logits: Tensor) -> str:
         """Add a token drawn from logits (V,); return what of the text can be shown now."""
         token = draw(logits, self.settings, self._generator, self.tokens)
-        if token == tokenizer.END_OF_TEXT_ID:
+        if token == tokenizer.END_OF_TEXT_ID or self.abandoned:
             self.ended = True
             return self._stream.finish()
         self.tokens.append(token)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.batches import Tokens
-from gpt2.look_back import add_what_is_seen, look_back, place_waves
+from gpt2.look_back import add_what_is_seen, look_back, place_waves, sparse_matrix, with_ridge
 from gpt2.model import GPT2Model, TransformerBlock
 
 COUNTED_TOKENS = 50_000_000  # sorting the pairs takes some 50 bytes for each
@@ -36,9 +36,9 @@ SPARED = 2  # dimensions: the mean's, which layer norm takes away, and the frequ
 
 @torch.no_grad()
 def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
-    """Set the weights from a text's tokens (N,). C must be 3 or more, and the embeddings not tied.
+    """Set the weights, wherever they are, from a text's tokens (N,). C must be 3 or more, and the embeddings not tied.
 
-    Draws from PyTorch's generator.
+    Computes on the CPU, and draws from PyTorch's generator.
     """
     vocab_size, width = model.output_projection.weight.shape
     seen, text = torch.unique(torch.from_numpy(tokens[:COUNTED_TOKENS].astype(np.int64)), return_inverse=True)
@@ -57,19 +57,20 @@ def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
     token_size = math.sqrt(width - places)  # together with a position's the length that layer norm gives, sqrt(C)
     embedding = F.normalize(torch.randn(vocab_size, rank), dim=1)
     embedding[seen] = before
-    model.token_embedding.weight.copy_(token_size * embedding @ token_axes)
+    embedding = token_size * embedding @ token_axes
+    model.token_embedding.weight.copy_(embedding)
     projection = log_frequencies.sub(log_frequencies.mean())[:, None] * frequency_axis / math.sqrt(width)
     projection[seen] += after @ token_axes / token_size
     model.output_projection.weight.copy_(projection)
-    model.layer_norm.bias.copy_(frequency_axis * math.sqrt(width))
+    bias = frequency_axis * math.sqrt(width)
+    model.layer_norm.bias.copy_(bias)
     for block in blocks:
         block.attention.w_o.weight.zero_()
         block.feed_forward.linear2.weight.zero_()
     if places:
         model.position_embedding.weight.copy_(place_waves(places, model.max_len) @ place_axes)
         look_back(blocks[0].attention, place_axes, model.max_len)
-        embedding, output_rows = model.token_embedding.weight[seen], model.output_projection.weight[seen]
-        add_what_is_seen(blocks[0], text, embedding, model.layer_norm.bias, output_rows)
+        add_what_is_seen(blocks[0], text, embedding[seen], bias, projection[seen])
 
 
 @dataclass(frozen=True)
@@ -117,17 +118,12 @@ def _factors(bigrams: Bigrams, rank: int) -> tuple[Tensor, Tensor]:
     """
     first, second, counts = bigrams.first, bigrams.second, bigrams.counts
     surprise = torch.log1p(bigrams.probabilities / (bigrams.backoff[first] * bigrams.frequencies[second]))  # (P,)
-
-    def sparse(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-        shape = (len(counts), len(counts))
-        return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, shape, check_invariants=True).coalesce()
-
-    left, singular_values, _ = torch.svd_lowrank(sparse(first, second, surprise * counts.sqrt()[first]), q=rank)
+    scaled = sparse_matrix(first, second, surprise * counts.sqrt()[first], len(counts))
+    left, singular_values, _ = torch.svd_lowrank(scaled, q=rank)
     before = F.normalize(left * singular_values.sqrt(), dim=1)
     weights = counts**LEAST_SQUARES_POWER
-    gram = before.T @ (before * weights[:, None])  # (K, K)
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(rank)
-    moments = sparse(second, first, surprise * weights[first]) @ before  # (M, K)
+    gram = with_ridge(before.T @ (before * weights[:, None]), RIDGE)  # (K, K)
+    moments = sparse_matrix(second, first, surprise * weights[first], len(counts)) @ before  # (M, K)
     return before, torch.linalg.solve(gram, moments.T).T
 
 

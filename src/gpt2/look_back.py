@@ -4,10 +4,11 @@ Positions are waves in dimensions of their own, and a head's queries are the wav
 add to the residual stream is one step of Newton's method from a bigram model, the curvature factored in two as in K-FAC
 (Martens & Grosse 2015): the loss's gradient by a matrix from the embeddings looked at to the residual stream, over the
 whole text, times the inverse covariances of the output rows, as the bigram model draws them, and of the embeddings.
-A head's size limits its matrix's rank: it keeps the part that lowers the loss most.
+A head's size limits its matrix's rank: it keeps the part that lowers the loss most. Heads beyond MOST_HEADS add nothing
+yet, since tokens so far back tell next to nothing and the covariance grows with the square of the heads.
 
-Shapes: N tokens of the text, M different ones in the vocabulary of the text, C d_model, H heads, D head size,
-L dimensions for positions, T positions, S tokens computed at once.
+Shapes: N tokens of the text, M different ones in the vocabulary of the text, C d_model, H heads that add something,
+D head size, L dimensions for positions, T positions, S tokens computed at once.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from gpt2.model import MultiHeadAttention, TransformerBlock
 
+MOST_HEADS = 6
 OUTPUT_RIDGE, EMBEDDING_RIDGE = 1.0, 0.3  # of the mean variance, added to each
 TOKENS_AT_ONCE = 512
 
@@ -34,7 +36,7 @@ def look_back(attention: MultiHeadAttention, place_axes: Tensor, max_len: int) -
         weight.zero_()
     queries, keys = (
         x.weight.unflatten(0, (attention.n_heads, -1)) for x in (attention.w_q, attention.w_k)
-    )  # (H, D, C)
+    )  # each of (n_heads, D, C)
     for head in range(attention.n_heads):
         cosine, sine = ((head + 1) * frequencies).cos().diag(), ((head + 1) * frequencies).sin().diag()
         turn = torch.cat([torch.cat([cosine, sine], 1), torch.cat([-sine, cosine], 1)])  # (L, L)
@@ -53,15 +55,16 @@ def add_what_is_seen(
     frequencies = torch.bincount(text, minlength=len(embedding)) / len(text)  # (M,)
     mean = frequencies @ embedding  # (C,)
     expected, output_covariance = _expected_rows(embedding + bias, output_rows, frequencies)
-    gradient, covariance = _moments(text, embedding - mean, expected, output_rows, block.attention.n_heads)
-    output_covariance = _with_ridge(output_covariance, OUTPUT_RIDGE)  # (C, C)
-    covariance = _with_ridge(covariance, EMBEDDING_RIDGE)  # (H * C, H * C)
+    heads = min(block.attention.n_heads, MOST_HEADS)
+    gradient, covariance = _moments(text, embedding - mean, expected, output_rows, heads)
+    output_covariance = with_ridge(output_covariance, OUTPUT_RIDGE)  # (C, C)
+    covariance = with_ridge(covariance, EMBEDDING_RIDGE)  # (H * C, H * C)
     step = torch.linalg.solve(output_covariance, torch.linalg.solve(covariance, gradient, left=False))  # (C, H * C)
 
     width = embedding.shape[1]
     output_root, embedding_root = _square_root(output_covariance), _square_root(covariance[:width, :width])
-    outs = block.attention.w_o.weight.unflatten(1, (block.attention.n_heads, -1))  # (C, H, D)
-    values = block.attention.w_v.weight.unflatten(0, (block.attention.n_heads, -1))  # (H, D, C)
+    outs = block.attention.w_o.weight.unflatten(1, (block.attention.n_heads, -1))  # (C, n_heads, D)
+    values = block.attention.w_v.weight.unflatten(0, (block.attention.n_heads, -1))  # (n_heads, D, C)
     for head, matrix in enumerate(step.split(width, 1)):
         left, worth, right = torch.linalg.svd(output_root @ matrix @ embedding_root)
         rank = outs.shape[2]  # D
@@ -92,19 +95,25 @@ def _moments(
     """
 
     def seen(back: int) -> Tensor:
-        """Sum for each token, over its places, the embedding of the token so far back: (M, C)."""
-        pairs, weights = torch.stack([text, text.roll(back)]), embedding.new_full((len(text),), 1 / len(text))
-        shape = (len(embedding), len(embedding))
-        return torch.sparse_coo_tensor(pairs, weights, shape, check_invariants=True).coalesce() @ embedding
+        """Return for each token its share of the text, times the mean embedding of the token so far back: (M, C)."""
+        weights = embedding.new_full((len(text),), 1 / len(text))
+        return sparse_matrix(text, text.roll(back), weights, len(embedding)) @ embedding
 
-    sums = [seen(back) for back in range(heads + 2)]
-    gradient = [output_rows.T @ sums[head + 2] - expected.T @ sums[head + 1] for head in range(heads)]
-    lags = [embedding.T @ sums[lag] for lag in range(heads)]  # (C, C) of a token and one `lag` before it
+    means = [seen(back) for back in range(heads + 2)]
+    gradient = [output_rows.T @ means[head + 2] - expected.T @ means[head + 1] for head in range(heads)]
+    lags = [embedding.T @ means[lag] for lag in range(heads)]  # (C, C) of a token and one `lag` before it
     covariance = [[lags[k - h] if k >= h else lags[h - k].T for k in range(heads)] for h in range(heads)]
     return torch.cat(gradient, 1), torch.cat([torch.cat(row, 1) for row in covariance])
 
 
-def _with_ridge(matrix: Tensor, ridge: float) -> Tensor:
+def sparse_matrix(rows: Tensor, columns: Tensor, values: Tensor, size: int) -> Tensor:
+    """Return a sparse matrix (size, size) with the sum of the values of each row and column."""
+    places = torch.stack([rows, columns])
+    return torch.sparse_coo_tensor(places, values, (size, size), check_invariants=True).coalesce()
+
+
+def with_ridge(matrix: Tensor, ridge: float) -> Tensor:
+    """Return a covariance with such a part of its mean variance added to each variance, for a stable inverse."""
     variance = matrix.diagonal().mean().clamp(min=1e-6)
     return matrix + ridge * variance * torch.eye(len(matrix))
 

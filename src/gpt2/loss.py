@@ -30,6 +30,14 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, last
     return _LinearCrossEntropy.apply(features, weight, targets, last_count, needs_gradient)
 
 
+def _operands(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features (N, C) and weight (V, C) in their products' format, and memory for a chunk of logits (R, V)."""
+    device = features.device.type
+    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    buffer = _logits_buffer(len(features), len(weight), product, features.device)
+    return features.to(product), weight.to(product), buffer
+
+
 def _logits_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return memory for the logits (R, V) of a chunk, of which that many rows (N,) make as few as can be, alike."""
     stride = math.ceil(columns / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
@@ -52,12 +60,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, last_count: int, needs_gradient: bool
     ) -> Tensor:
-        device = features.device.type
-        product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        with torch.autocast(device, enabled=False):
-            inputs, matrix = features.to(product), weight.to(product)
-            buffer = _logits_buffer(len(inputs), len(matrix), product, features.device)
-            total = features.new_zeros((), dtype=torch.promote_types(product, torch.float32))
+        inputs, matrix, buffer = _operands(features, weight)
+        with torch.autocast(features.device.type, enabled=False):
+            total = features.new_zeros((), dtype=torch.promote_types(buffer.dtype, torch.float32))
             features_gradients: list[Tensor] = []
             weight_gradient: Tensor | None = None
             for rows, target in zip(inputs.split(len(buffer)), targets.split(len(buffer)), strict=True):
@@ -102,17 +107,15 @@ def _softmax_(logits: Tensor, targets: Tensor, last_count: int, scale: float | N
 @torch.no_grad()
 def token_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy (N,) of each target, of which linear_cross_entropy gives the mean, without gradient."""
+    inputs, matrix, buffer = _operands(features, weight)
     device = features.device.type
-    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        inputs, matrix = features.to(product), weight.to(product)
-        buffer = _logits_buffer(len(inputs), len(matrix), product, features.device)
         losses = []
         for rows, target in zip(inputs.split(len(buffer)), targets.split(len(buffer)), strict=True):
             logits = torch.mm(rows, matrix.T, out=buffer[: len(rows)])  # (R, V)
             cached = CACHED_ROWS if device == "cpu" else len(logits)
             for part, label in zip(logits.split(cached), target.split(cached), strict=True):
-                exact = part.to(torch.promote_types(product, torch.float32))
+                exact = part.to(torch.promote_types(part.dtype, torch.float32))
                 losses.append(F.cross_entropy(exact, label, reduction="none"))
     return torch.cat(losses)
 

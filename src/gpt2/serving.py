@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -32,20 +32,26 @@ class Desk:
         self._arrived = threading.Event()
         threading.Thread(target=self._write, daemon=True).start()
 
-    def order(self, texts: list[Text]) -> list[Iterator[str]]:
-        """Return what each text goes on with, part by part. Reading raises what went wrong in writing."""
+    def order(self, texts: list[Text]) -> list[Generator[str]]:
+        """Return what each text goes on with, part by part. Reading raises what went wrong in writing.
+
+        A text that is no longer read is no longer written.
+        """
         readers: list[SimpleQueue[str | Exception | None]] = [SimpleQueue() for _ in texts]
         self._readers.update(zip(texts, readers, strict=True))
         self._waiting.extend(texts)
         self._arrived.set()
-        return [self._read(reader) for reader in readers]
+        return [self._read(text, reader) for text, reader in zip(texts, readers, strict=True)]
 
     @staticmethod
-    def _read(reader: "SimpleQueue[str | Exception | None]") -> Iterator[str]:
-        while (part := reader.get()) is not None:
-            if isinstance(part, Exception):
-                raise part
-            yield part
+    def _read(text: Text, reader: "SimpleQueue[str | Exception | None]") -> Generator[str]:
+        try:
+            while (part := reader.get()) is not None:
+                if isinstance(part, Exception):
+                    raise part
+                yield part
+        finally:
+            text.abandoned = True
 
     def _write(self) -> None:
         while self._arrived.wait():
@@ -87,7 +93,7 @@ class TextGenerator(PythonModel):
         [parts] = self._order([model_input["prompt"]], params)
         yield from parts
 
-    def _order(self, prompts: list[str], params: dict[str, Any] | None) -> list[Iterator[str]]:
+    def _order(self, prompts: list[str], params: dict[str, Any] | None) -> list[Generator[str]]:
         given = {name: (value or None) if name in NONE_IF_FALSE else value for name, value in (params or {}).items()}
         try:
             settings = check(GenerationSettings, {"seed": 0, **given}, "params")

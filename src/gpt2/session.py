@@ -1,14 +1,13 @@
 """infer.py's texts on a terminal: one after one prompt, or a session whose lines are prompts and commands."""
 
+import ast
 import difflib
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
-
-import yaml
 
 from gpt2.cli import UserError, fail
 from gpt2.config import check
@@ -29,6 +28,7 @@ A line that says more than its command takes, like "help me", is a prompt; so is
 
 COMMANDS = ("set", "seed", "settings", "reset", "help", "quit", "exit")
 NAMES = tuple(GenerationSettings.model_fields)
+TEXTS = ("stop", "device", "quantize")  # settings that are no numbers
 SIMILAR = 0.75  # difflib's ratio from which a word counts as another one mistyped: two letters exchanged in four
 HISTORY_LINES = 1000
 
@@ -76,7 +76,8 @@ def converse(writer: Writer, settings: GenerationSettings) -> None:
             except UserError as error:
                 fail(error)
             except KeyboardInterrupt:
-                continue
+                if not on_terminal:
+                    raise
 
 
 def find_command(line: str) -> list[str]:
@@ -149,11 +150,20 @@ def change(settings: AnySettings, texts: dict[str, str]) -> AnySettings:
     """Return settings with some replaced by what a user typed. Raises UserError that names all that is wrong."""
     values: dict[str, Any] = settings.model_dump()
     for name, text in texts.items():
-        try:
-            values[name] = None if text.lower() in ("none", "off") else yaml.safe_load(text)
-        except Exception:  # YAML's tags and depths make PyYAML fail in ways of their own
-            values[name] = text
+        values[name] = None if text.lower() in ("none", "off") and name != "quantize" else _value(name, text)
     return check(type(settings), values, "settings")
+
+
+def _value(name: str, text: str) -> Any:
+    """Return what was typed for a setting as a number, or as the text that it is, without quotes around it."""
+    if name not in TEXTS:
+        readings: tuple[Callable[[str], Any], ...] = (int, float)
+    else:
+        readings = (ast.literal_eval,) if text[:1] in ("'", '"') else ()
+    for read in readings:
+        with suppress(Exception):  # literal_eval raises all kinds
+            return read(text)
+    return text
 
 
 def show(settings: GenerationSettings) -> str:

@@ -214,7 +214,7 @@ def _log_files(run: Run, source: str) -> None:
         mlflow.log_artifacts(str(folder), folder.name)
     logged = mlflow.artifacts.list_artifacts(run_id=run.info.run_id, artifact_path="samples") or []
     if SAMPLES_TABLE not in {file.path for file in logged}:  # log_table would append to it
-        blank = {name: [""] for name in ("top_k", "top_p")}
+        blank = {name: [""] for name in ("top_k", "top_p", "min_p")}
         samples = pd.read_csv(SAMPLES / "samples.csv", keep_default_na=False, na_values=blank)
         mlflow.log_table(samples, SAMPLES_TABLE)
     if not (run.inputs and run.inputs.dataset_inputs):

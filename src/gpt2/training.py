@@ -198,7 +198,7 @@ def mean_loss(model: GPT2Model, batches: Iterable[tuple[Tensor, Tensor]], device
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for x, y in batches:
-        total += next_token_loss(model, x.to(device), y.to(device)).double().cpu() * y.numel()
+        total += next_token_loss(model, x.to(device), y.to(device)).cpu().double() * y.numel()
         count += y.numel()
     model.train(was_training)
     return float(total / count)

@@ -135,14 +135,19 @@ def test_impossible_combinations_are_reported_with_the_rest(problem: Callable[..
         ("sample.prompts", []),
         ("sample.prompts", ["ok", ""]),
         ("sample.prompts", "ok"),
+        ("sample.prompts", ["ok", " \n"]),
         ("sample.settings", []),
         ("sample.settings", [{"top_k": 5}]),
         ("sample.settings", [{"temperature": -1}]),
         ("sample.settings", [{"temperature": 1, "top_k": 0}]),
         ("sample.settings", [{"temperature": 1, "top_p": 0}]),
         ("sample.settings", [{"temperature": 1, "top_p": 1.5}]),
+        ("sample.settings", [{"temperature": 1, "repetition_penalty": 1e-300}]),
         ("register.name", "a/b"),
         ("register.alias", "../x"),
+        ("register.alias", "a.b"),
+        ("register.alias", "Latest"),
+        ("register.alias", "v1"),
     ],
 )
 def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, value: Any) -> None:
@@ -161,6 +166,7 @@ def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, va
         ({"model.d_model": 2, "model.n_heads": 1}, "train.initialization bigrams needs model.d_model 3 or more (2)"),
         ({"train.max_steps": 50, "train.max_bad_steps": 50}, "train.max_bad_steps 50 is not below train.max_steps 50"),
         ({"prepare.val_fraction": 0.5, "prepare.test_fraction": 0.5}, "leave nothing to train on"),
+        ({"prepare.val_fraction": "6e-1", "prepare.test_fraction": "6e-1"}, "leave nothing to train on"),
     ],
 )
 def test_impossible_combination_is_refused(problem: Callable[..., str], changes: dict[str, Any], words: str) -> None:
@@ -210,11 +216,26 @@ def aliases(value: str, item: str) -> str:
         "train: !!python/object/apply:os.system [exit]",
         "train: {seed: 1" + "0" * 5000 + "}",
         "train: {seed: 0x" + "f" * 5000 + "}",
+        "prepare: {val_fraction: 1" + "0" * 400 + ", test_fraction: 0.1}",
+        "model: {d_model: 1" + "0" * 400 + ", n_heads: 6.5}",
+        "model: {d_model: 0x" + "f" * 4100 + ", n_heads: 2}",
         "model: &m {d_model: *m}",
         aliases("{x: 1}", "{{{}}}") + "\nmodel: *k\ntrain: *k",
         aliases("[1]", "[{}]") + "\nmodel: *k\ntrain: {seed: *k}",
     ],
-    ids=["deep list", "deep mapping", "tag", "long number", "long hexadecimal", "itself", "mappings", "lists"],
+    ids=[
+        "deep list",
+        "deep mapping",
+        "tag",
+        "long number",
+        "long hexadecimal",
+        "huge fraction",
+        "huge width",
+        "unprintable width",
+        "itself",
+        "mappings",
+        "lists",
+    ],
 )
 def test_hostile_text_is_refused_in_a_line(tmp_path: Path, error_line: ErrorLine, text: str) -> None:
     assert len(error_line(lambda: load_text(tmp_path, text))) < 5000

@@ -76,6 +76,10 @@ def test_is_a_function_of_the_seed_and_the_text(make_model: MakeModel, text: np.
     assert not torch.equal(states[0], states[2]) and not torch.equal(states[0], states[3])
 
 
+def test_the_weights_may_be_on_another_device(make_model: MakeModel, text: np.ndarray) -> None:
+    start_from_bigrams(make_model(d_model=48).to("meta"), text)
+
+
 @pytest.mark.parametrize("tokens", [[5] * 20, [1, 2], list(range(13))], ids=["one token", "one pair", "no repetition"])
 def test_odd_texts_leave_finite_weights(make_model: MakeModel, tokens: list[int]) -> None:
     model = make_model(d_model=4)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.initialization import start_from_bigrams
-from gpt2.look_back import _expected_rows, _moments
+from gpt2.look_back import MOST_HEADS, _expected_rows, _moments
 from gpt2.model import GPT2Model, TransformerBlock
 
 MakeModel = Callable[..., GPT2Model]
@@ -41,6 +41,13 @@ def test_each_head_looks_one_token_farther_back(make_model: MakeModel, text: np.
         first = head + 1  # that can look so far back
         places = torch.arange(first, model.max_len)
         assert torch.equal(scores[head].argmax(1)[first:], places - first), head
+
+
+def test_only_the_first_heads_add_something(make_model: MakeModel, text: np.ndarray) -> None:
+    model = make_model(d_model=96, n_heads=MOST_HEADS + 2)
+    start_from_bigrams(model, text)
+    added = first_block(model).attention.w_o.weight.unflatten(1, (MOST_HEADS + 2, -1)).abs().amax((0, 2))
+    assert added[:MOST_HEADS].all() and not added[MOST_HEADS:].any()
 
 
 def test_heads_tell_what_the_last_token_does_not(make_model: MakeModel, text: np.ndarray) -> None:

@@ -1,15 +1,14 @@
-"""The champion gives way to a lower test loss on the same test split, or to a model of another split."""
+"""The champion gives way to a lower test loss, or to a model that was measured in another way."""
 
 import pytest
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
-from gpt2.registry import TEST_LOSS, TEST_SHA256, takes_over
+from gpt2.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, takes_over
 
 
-def version(number: int, loss: float, split: str = "a") -> ModelVersion:
-    return ModelVersion(
-        "gpt2", str(number), 0, tags=[ModelVersionTag(TEST_LOSS, repr(loss)), ModelVersionTag(TEST_SHA256, split)]
-    )
+def version(number: int, loss: float, split: str = "a", stride: int = 256) -> ModelVersion:
+    tags = {TEST_LOSS: repr(loss), TEST_SHA256: split, TEST_STRIDE: str(stride)}
+    return ModelVersion("gpt2", str(number), 0, tags=[ModelVersionTag(*tag) for tag in tags.items()])
 
 
 @pytest.mark.parametrize(
@@ -19,6 +18,7 @@ def version(number: int, loss: float, split: str = "a") -> ModelVersion:
         (version(2, 5.0), False, "5.0000 is not below the 5.0000 of version 1"),
         (version(2, 5.1), False, "5.1000 is not below the 5.0000 of version 1"),
         (version(2, 9.9, split="b"), True, "another test split"),
+        (version(2, 9.9, stride=1), True, "another stride"),
         (version(1, 5.0), True, "already"),
     ],
 )

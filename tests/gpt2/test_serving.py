@@ -16,6 +16,7 @@ from gpt2.config import ModelParams
 from gpt2.generation import GenerationSettings, Text, write_all
 from gpt2.model import GPT2Model
 from gpt2.registry import FOLDER, SIGNATURE
+from gpt2.serving import Desk
 from gpt2.tokenizer import VOCAB_SIZE
 from gpt2.weights import load_model, save_model
 
@@ -66,6 +67,19 @@ def test_predict_stream_yields_the_same_in_parts(served: PyFuncModel) -> None:
     assert "".join(map(str, parts)) == texts(served, max_tokens=6)[0]
 
 
+def test_a_text_that_is_not_read_on_is_not_written_on(weights: Path) -> None:
+    model, _ = load_model(weights)
+    text = Text("The war", GenerationSettings(max_tokens=2**31 - 1, seed=1))
+    desk = Desk(model)
+    [parts] = desk.order([text])
+    next(parts)
+    assert not text.ended
+    parts.close()
+    [other] = desk.order([Text("One nation", GenerationSettings(max_tokens=2, seed=1))])
+    assert len(list(other)) == 2
+    assert text.ended
+
+
 def test_many_threads_get_each_their_own(served: PyFuncModel) -> None:
     def ask(seed: int) -> str:
         return texts(served, seed=seed, max_tokens=12)[0]
@@ -85,6 +99,7 @@ def test_many_threads_get_each_their_own(served: PyFuncModel) -> None:
         ({"max_tokens": 0}, "max_tokens should be greater than 0"),
         ({"max_tokens": "many"}, "max_tokens"),
         ({"seed": -1}, "seed should be greater than or equal to 0"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty should be greater than or equal to 0.01"),
     ],
 )
 def test_params_that_cannot_be_used_are_the_clients_error(

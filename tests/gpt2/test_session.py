@@ -1,9 +1,12 @@
-"""What of a session's lines is a command, what a prompt, and what a mistake."""
+"""What of a session's lines is a command, what a prompt, and what a mistake; and what a setting's text means."""
+
+from typing import Any
 
 import pytest
 
 from gpt2.cli import UserError
-from gpt2.session import find_command
+from gpt2.generation import GenerationSettings
+from gpt2.session import change, find_command
 
 
 @pytest.mark.parametrize(
@@ -70,3 +73,32 @@ def test_prompts(line: str) -> None:
 def test_mistyped_commands(line: str, meant: str) -> None:
     with pytest.raises(UserError, match=rf"^{line.split()[0]} is unknown \(did you mean {meant}\?\)"):
         find_command(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("stop", "\n", "\n"),
+        ("stop", "#", "#"),
+        ("stop", " the", " the"),
+        ("stop", "5", "5"),
+        ("stop", "Q: no", "Q: no"),
+        ("stop", r'"\n\n"', "\n\n"),
+        ("stop", "'off'", "off"),
+        ("stop", '"open', '"open'),
+        ("stop", "none", None),
+        ("seed", "010", 10),
+        ("seed", "Off", None),
+        ("max_tokens", "0100", 100),
+        ("temperature", "1e-1", 0.1),
+        ("temperature", "2", 2.0),
+    ],
+)
+def test_a_settings_text_is_what_it_says(name: str, text: str, value: Any) -> None:
+    assert getattr(change(GenerationSettings(), {name: text}), name) == value
+
+
+@pytest.mark.parametrize(("name", "text"), [("seed", "1:30"), ("top_k", "1e2"), ("temperature", "nan"), ("stop", "''")])
+def test_other_texts_are_refused(name: str, text: str) -> None:
+    with pytest.raises(UserError, match=f"^settings: {name} "):
+        change(GenerationSettings(), {name: text})

@@ -1,6 +1,7 @@
 """A training's run in a real store: continued if it died, never a reason for a training to fail."""
 
 import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -21,7 +22,7 @@ from gpt2.cli import Stopped
 from gpt2.config import Params, load_params
 from gpt2.database import PATH_COLUMNS
 from gpt2.files import write_json, write_text
-from gpt2.tracking import RESULTS_KEY, mirror_run, open_store, training_run
+from gpt2.tracking import RESULTS_KEY, SAMPLES_TABLE, mirror_run, open_store, training_run
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_json(tmp_path / "metrics/evaluate.json", {"loss": 4.0, "perplexity": 54.6, "bits_per_byte": 1.5})
     write_json(tmp_path / "metrics/sample.json", SAMPLED)
     write_text(tmp_path / "plots/train_loss.csv", "step,loss\n1,5.0\n2,4.0\n")
-    write_text(tmp_path / "samples/samples.csv", "prompt,top_k,top_p,text\nThe,40,,end\n")
+    write_text(tmp_path / "samples/samples.csv", "prompt,top_k,top_p,min_p,text\nThe,40,,,end\nA,,0.9,0.1,end\n")
     write_text(tmp_path / "tokens/documents.csv", "document,tokens\na.txt,8\n")
     write_json(tmp_path / "tokens/meta.json", {"splits": {"train": {"sha256": 64 * "a"}}})
     return tmp_path
@@ -92,6 +93,9 @@ def assert_mirrored(run: Run, params: Params) -> None:
     for name, value in final.items():
         assert points(run, name) == [(params.train.max_steps, value)], name
     assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)]
+    with open_store():
+        samples = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{SAMPLES_TABLE}"))
+    assert samples["data"] == [["The", 40, None, None, "end"], ["A", None, 0.9, 0.1, "end"]]
 
 
 def test_a_mirror_completes_a_trainings_run_or_is_made_anew_from_the_files(params: Params, results: Path) -> None:
