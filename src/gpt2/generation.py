@@ -106,7 +106,7 @@ class Writer:
         if len(new) == len(rows):
             return self._decoder.begin(new).cpu()
         positions = [0 if row in new else len(text.tokens) - (text.seen_from or 0) - 1 for row, text in enumerate(rows)]
-        wanted = logits_wanted(text.settings for text in rows)
+        wanted = logits_wanted((text.settings, len(text.tokens)) for text in rows)
         logits = self._decoder.go_on([text.tokens[-1] for text in rows], positions, wanted).cpu()
         return logits.index_copy(0, torch.tensor(list(new)), self._decoder.begin(new).cpu()) if new else logits
 

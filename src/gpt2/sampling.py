@@ -39,14 +39,17 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < logits.max() + math.log(p), -torch.inf)
 
 
-def logits_wanted(settings: Iterable[SamplingParams]) -> int | None:
-    """Return how many of the largest logits `draw` needs at most by any of these settings; None means all."""
+def logits_wanted(texts: Iterable[tuple[SamplingParams, int]]) -> int | None:
+    """Return how many of the largest logits `draw` needs at most by any of these settings for a text of so many tokens.
+
+    None means all.
+    """
     most = 0
-    for setting in settings:
+    for setting, length in texts:
         count = _top_k(setting)
-        if count is None or setting.repetition_penalty != 1:
+        if count is None or setting.repetition_penalty < 1:
             return None
-        most = max(most, count)
+        most = max(most, count if setting.repetition_penalty == 1 else count + length)  # the text's may fall behind
     return most
 
 

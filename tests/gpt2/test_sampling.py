@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gpt2.config import SamplingParams
-from gpt2.sampling import LIKELIEST, draw, keep_min_p, keep_top_p, penalize
+from gpt2.sampling import LIKELIEST, draw, keep_min_p, keep_top_p, logits_wanted, penalize
 from gpt2.tokenizer import VOCAB_SIZE
 
 ErrorLine = Callable[[Callable[[], object]], str]
@@ -128,3 +128,28 @@ def test_the_penalty_goes_before_the_largest_is_taken() -> None:
 
 def test_smallest_temperature_still_draws() -> None:
     assert draws(1, temperature=1e-45) == [1]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": 0},
+        {"temperature": 1, "top_k": 3},
+        {"temperature": 1, "top_k": 3, "repetition_penalty": 2.5},
+        {"temperature": 0, "repetition_penalty": 50},
+    ],
+)
+def test_the_largest_logits_that_are_wanted_are_enough(setting: dict[str, Any]) -> None:
+    sampling, generator = SamplingParams(**setting), torch.Generator()
+    for seed in range(50):
+        logits, text = torch.randn(40), torch.randint(40, (8,)).tolist()
+        wanted = logits_wanted([(SamplingParams(temperature=0), 9), (sampling, len(text))])
+        assert wanted is not None and wanted < 40
+        largest = logits.masked_fill(logits < logits.topk(wanted).values[-1], -torch.inf)
+        first, second = (draw(one, sampling, generator.manual_seed(seed), text) for one in (logits, largest))
+        assert first == second
+
+
+@pytest.mark.parametrize("setting", [{"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 3, "repetition_penalty": 0.5}])
+def test_some_settings_want_all_logits(setting: dict[str, Any]) -> None:
+    assert logits_wanted([(SamplingParams(temperature=0), 9), (SamplingParams(temperature=1, **setting), 9)]) is None
