@@ -6,9 +6,9 @@ FROM python:3.11-slim-bookworm
 
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PATH=/home/gpt2/venv/bin:$PATH
 
-# git is what DVC finds its checkout and its experiments by.
+# git is what DVC finds its checkout and its experiments by, gcc what torch.compile builds kernels with.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends git \
+    && apt-get install -y --no-install-recommends gcc git libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 gpt2 \
     && install --directory --owner gpt2 --group gpt2 /home/gpt2/project

@@ -117,7 +117,7 @@ class Decoder:
             self._step(tokens, positions, self._max_len)  # loads what must not be loaded while recording
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             logits = self._step(tokens, positions, self._max_len)
 
         def replay(new_tokens: Tensor, new_positions: Tensor) -> Tensor:

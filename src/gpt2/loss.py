@@ -40,7 +40,8 @@ def _operands(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 def _logits_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return memory for the logits (R, V) of a chunk, of which that many rows (N,) make as few as can be, alike."""
-    stride = math.ceil(columns / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+    # MPS before macOS 15 writes no product into rows that are apart.
+    stride = columns if device.type == "mps" else math.ceil(columns / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
     most = max(1, CHUNK_BYTES // (stride * dtype.itemsize))
     chunks = max(1, math.ceil(rows / most))
     chunk = max(1, math.ceil(rows / chunks))

@@ -54,7 +54,7 @@ def train(
     log_metrics(step, metrics) gets "train/..." every log_interval steps and "val/loss" every eval_interval steps, on
     eval_windows windows; after the last step it gets both, "val/loss" on the whole split. A metric's step counts the
     optimizer steps done. Losses are nats per token. The resulting weights depend on the model, the tokens and params
-    alone, not on interruptions.
+    alone, not on interruptions; on a GPU, whose sums may come in another order, that holds to rounding.
     Raises UserError if a split is too short for one window or more than max_bad_steps steps have a loss or gradient
     that is not finite; Stopped on Ctrl-C or SIGTERM, after saving a checkpoint; OSError if none can be saved.
     """
@@ -107,10 +107,11 @@ def train(
         for step, metrics in notes["history"]:
             log(step, metrics)
     else:
-        if params.initialization == "bigrams":
-            torch.manual_seed(params.seed)
-            start_from_bigrams(model, train_tokens)
-        vocabulary.make_unseen_equal(model.output_projection.weight)
+        with meter.paused():
+            if params.initialization == "bigrams":
+                torch.manual_seed(params.seed)
+                start_from_bigrams(model, train_tokens)
+            vocabulary.make_unseen_equal(model.output_projection.weight)
 
     model.train()
     steps = range(start, params.max_steps)
@@ -182,7 +183,8 @@ def accumulate_gradients(
     device = vocabulary.ids.device
     total = torch.zeros((), device=device)
     if on_gpu := device.type == "cuda":
-        inputs, targets = inputs.pin_memory(), targets.pin_memory()  # so that copying them does not wait for the device
+        # Copying does not wait for the device then.
+        inputs, targets = (tokens.contiguous().pin_memory() for tokens in (inputs, targets))
     for micro_batch in zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
         x, y = (tokens.to(device, non_blocking=on_gpu) for tokens in micro_batch)
         loss = next_token_loss(model, x, y, vocabulary) * (len(x) / len(inputs))
@@ -247,6 +249,7 @@ class Meter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out the time that the block takes."""
+        self.unread()  # waits for a GPU's steps, whose time counts
         began = time.perf_counter()
         yield
         self._started += time.perf_counter() - began

@@ -276,7 +276,9 @@ def test_gradients_are_clipped(run: Callable[..., Any], monkeypatch: pytest.Monk
     assert norms == pytest.approx([0.01] * 6, rel=1e-3)
 
 
-def test_tokens_per_second_leave_out_validation(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_per_second_leave_out_the_start_and_validation(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, accumulate = [0.0], training.accumulate_gradients
 
     def take(seconds: float, result: Any) -> Any:
@@ -286,7 +288,8 @@ def test_tokens_per_second_leave_out_validation(run: Callable[..., Any], monkeyp
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     monkeypatch.setattr(training, "accumulate_gradients", lambda *args: take(1, accumulate(*args)))
     monkeypatch.setattr(training, "mean_loss", lambda *_: take(100, 1.0))
-    _, metrics, history = run(log_interval=2, eval_interval=1)
+    monkeypatch.setattr(training, "start_from_bigrams", lambda *_: take(100, None))
+    _, metrics, history = run(log_interval=2, eval_interval=1, initialization="bigrams")
     found = [logged["train/tokens_per_second"] for _, logged in history if "train/tokens_per_second" in logged]
     assert [*found, metrics["tokens_per_second"]] == [4 * 8] * 4
 
