@@ -156,7 +156,7 @@ def run_queue(checkout: Path, shell: Shell, environment: dict[str, str]) -> None
     """Run what is queued, two at a time.
 
     On a busy machine one of DVC's workers can miss the message that ends it (treeverse/dvc#10398), and
-    --run-all then waits for it although all experiments have ended: so it is given half a minute and then ended here.
+    --run-all then waits for it although all experiments have ended: so it is given ten seconds and then ended here.
     """
     process = subprocess.Popen(["dvc", "exp", "run", "--run-all", "-j", "2"], cwd=checkout, env=environment)
     deadline = time.monotonic() + 400
@@ -164,7 +164,7 @@ def run_queue(checkout: Path, shell: Shell, environment: dict[str, str]) -> None
         time.sleep(2)
     assert "Failed" not in shell("dvc queue status").stdout
     try:
-        process.wait(timeout=30)
+        process.wait(timeout=10)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
