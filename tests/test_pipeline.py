@@ -579,7 +579,7 @@ def test_a_server_that_dies_costs_no_step(
         write = [sys.executable, "src/infer.py", "--prompt", "Roses", "--max_tokens", "3"]
         subprocess.run(write, cwd=folder, env=variables, check=True)
     kept = folder / ".cache/models" / run.data.tags["gpt2.model_sha256"]
-    assert list(kept.rglob("model.safetensors")) and not list((tmp_path / "temporary").iterdir())
+    assert list(kept.rglob("model.safetensors")) and not list((tmp_path / "temporary").rglob("model.safetensors"))
     assert digests(folder) == before
     assert not (folder / "mlflow.db").exists()
 
