@@ -495,8 +495,8 @@ def test_killed_at_any_moment_equals_unbroken(
     kills.append(is_alive(waiting))
     kill(waiting)
     dvc.wait(60)
-    kills += [strike(stage) for stage in [*["train"] * 5, "evaluate", "sample", *["register"] * 2]]
-    assert sum(kills) >= 8
+    kills += [strike(stage) for stage in [*["train"] * 8, "evaluate", "sample", *["register"] * 3]]
+    assert sum(kills) >= 10
     delete_broken_lock_file(killed)
     subprocess.run(["dvc", "repro", "--quiet"], cwd=killed, env=noting, check=True)
 

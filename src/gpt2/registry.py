@@ -121,13 +121,13 @@ def _local_folder(version: ModelVersion) -> Path:
     while isinstance(repository, ModelsArtifactRepository):  # which only finds another
         repository = repository.repo
     if isinstance(repository, LocalArtifactRepository):
-        return Path(mlflow.artifacts.download_artifacts(_uri(version)))
+        return Path(repository.download_artifacts(""))
     kept = main_root() / ".cache" / "models" / version.tags[MODEL_SHA256]
     with exclusive(kept.with_suffix(".lock"), f"another process downloads {_uri(version)}"):
         if not kept.exists():
             with replacing(kept) as partial:
                 partial.mkdir()
-                mlflow.artifacts.download_artifacts(_uri(version), dst_path=str(partial))
+                repository.download_artifacts("", str(partial))
     return kept
 
 

@@ -148,18 +148,17 @@ def write_text(writer: Writer, text: Text) -> None:
 
 def change(settings: AnySettings, texts: dict[str, str]) -> AnySettings:
     """Return settings with some replaced by what a user typed. Raises UserError that names all that is wrong."""
-    values: dict[str, Any] = settings.model_dump()
-    for name, text in texts.items():
-        values[name] = None if text.lower() in ("none", "off") and name != "quantize" else _value(name, text)
-    return check(type(settings), values, "settings")
+    changes = {name: _value(name, text) for name, text in texts.items()}
+    return check(type(settings), settings.model_dump() | changes, "settings")
 
 
 def _value(name: str, text: str) -> Any:
-    """Return what was typed for a setting as a number, or as the text that it is, without quotes around it."""
-    if name not in TEXTS:
-        readings: tuple[Callable[[str], Any], ...] = (int, float)
-    else:
-        readings = (ast.literal_eval,) if text[:1] in ("'", '"') else ()
+    """Return what was typed for a setting: none, a number, or the text as it is, without quotes around it."""
+    if text.lower() in ("none", "off") and name != "quantize":
+        return None
+    readings: list[Callable[[str], Any]] = [int, float]
+    if name in TEXTS:
+        readings = [ast.literal_eval] if text[:1] in ("'", '"') else []
     for read in readings:
         with suppress(Exception):  # literal_eval raises all kinds
             return read(text)
