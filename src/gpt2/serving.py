@@ -96,6 +96,8 @@ class TextGenerator(PythonModel):
     def _order(self, prompts: list[str], params: dict[str, Any] | None) -> list[Generator[str]]:
         given = {name: (value or None) if name in NONE_IF_FALSE else value for name, value in (params or {}).items()}
         try:
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                raise UserError("a prompt is no text")
             settings = check(GenerationSettings, {"seed": 0, **given}, "params")
             return self.desk.order([Text(prompt, settings) for prompt in prompts])
         except UserError as error:

@@ -38,6 +38,7 @@ from gpt2.database import ARTIFACTS, check_database, database_uri, make_paths_re
 from gpt2.files import read_json, sha256_of
 from gpt2.lineage import git_commit, hash_of, run_key, train_key
 from gpt2.project import METRICS, PARAMS, PLOTS, RECEIPT, ROOT, SAMPLES, TOKENS, experiment_name, main_root
+from gpt2.runtime import choose_device
 
 EXPERIMENT = "gpt2"
 FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
@@ -239,7 +240,7 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
     if commit := git_commit():
         tags[COMMIT] = commit
     if results is None:
-        tags[ENVIRONMENT] = _environment()
+        tags[ENVIRONMENT] = _environment(choose_device(params.train.device))
 
     def fits(run: Run) -> bool:
         same_experiment = run.data.tags.get(EXPERIMENT_NAME) == name
@@ -267,10 +268,16 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
                 raise
 
 
-def _environment() -> str:
+def _environment(device: torch.device) -> str:
     """Return what a training's bytes depend on beside its inputs, in words."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    return f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}, {device}"
+    match device.type:
+        case "cuda":
+            hardware = torch.cuda.get_device_name(device)
+        case "cpu":
+            hardware = torch.backends.cpu.get_cpu_capability()
+        case other:
+            hardware = other
+    return f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}, {hardware}"
 
 
 def _shown_params(params: Params) -> dict[str, str]:

@@ -136,6 +136,7 @@ def test_impossible_combinations_are_reported_with_the_rest(problem: Callable[..
         ("sample.prompts", ["ok", ""]),
         ("sample.prompts", "ok"),
         ("sample.prompts", ["ok", " \n"]),
+        ("sample.prompts", ["ok", "\ud800"]),
         ("sample.settings", []),
         ("sample.settings", [{"top_k": 5}]),
         ("sample.settings", [{"temperature": -1}]),
@@ -148,6 +149,7 @@ def test_impossible_combinations_are_reported_with_the_rest(problem: Callable[..
         ("register.alias", "a.b"),
         ("register.alias", "Latest"),
         ("register.alias", "v1"),
+        ("register.alias", "x" * 256),
     ],
 )
 def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, value: Any) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt2 import decoding
 from gpt2.decoding import Decoder, fast_linear
 from gpt2.model import GPT2Model
 
@@ -52,16 +53,35 @@ def test_texts_fill_the_context(make_model: MakeModel) -> None:
     torch.testing.assert_close(found, logits_of(model, [[3, 1, 4, 1]]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bias", [None, torch.randn(5)])
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("gelu", [None, "none", "tanh"])
 @pytest.mark.parametrize("rows", [1, 3, 70])
-def test_packed_weights_map_alike(bias: torch.Tensor | None, gelu: str | None, rows: int) -> None:
-    weight, x = torch.randn(5, 8), torch.randn(rows, 2, 8)
-    expected = F.linear(x, weight, bias)
-    expected = expected if gelu is None else F.gelu(expected, approximate=gelu)
+def test_packed_weights_map_alike(has_bias: bool, gelu: str | None, rows: int) -> None:
+    torch.manual_seed(1)
+    weight, x, bias = torch.randn(5, 8), torch.randn(rows, 2, 8), torch.randn(5) if has_bias else None
+    product = F.linear(x, weight, bias)
+    expected = product if gelu is None else F.gelu(product, approximate=gelu)
     torch.testing.assert_close(fast_linear(weight, bias, gelu=gelu)(x), expected, atol=1e-6, rtol=1e-5)
     coarse = fast_linear(weight, bias, "int8", gelu)(x)
-    assert 0 < (coarse - expected).abs().max() < 0.05 * expected.abs().max()
+    assert 0 < (coarse - expected).abs().max() < 0.05 * product.abs().max()
+
+
+def test_int8_is_in_the_blocks_and_in_the_head(make_model: MakeModel) -> None:
+    model = make_model(random=True)
+    exact, coarse = Decoder(model, 1), Decoder(model, 1, "int8")
+    expected, found = (decoder.read({0: [3, 1, 4]}) for decoder in (exact, coarse))
+    assert 1e-4 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+    expected, found = (decoder.project(expected) for decoder in (exact, coarse))
+    assert 1e-4 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_the_shortlist_leaves_logits_out(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SHORTLIST_AFTER", 1)
+    decoder = Decoder(make_model(random=True), 1)
+    decoder.begin({0: [3, 1, 4]})
+    assert decoder.go_on([1], [3], wanted=1).isfinite().all()  # not yet
+    assert decoder.go_on([5], [4]).isfinite().all()
+    assert decoder.go_on([9], [5], wanted=1).isinf().any()
 
 
 def test_int8_is_for_the_cpu(make_model: MakeModel, error_line: Callable[[Callable[[], object]], str]) -> None:

@@ -1,16 +1,19 @@
 """Keys change with all that a training depends on, and with nothing else."""
 
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from gpt2 import lineage
 from gpt2.config import Params, check
-from gpt2.lineage import hash_of, run_key, train_key
+from gpt2.lineage import git_commit, hash_of, run_key, train_key
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -55,6 +58,27 @@ def test_train_key_changes_with_parameters_of_training_alone(checkout: Path, par
     assert key != train_key(params(learning_rate=0.1)) and key != train_key(params("model", dropout=0.3))
     assert key == train_key(params("evaluate", stride=7))
     assert run_key(params(), key) != run_key(params("evaluate", stride=7), key)
+
+
+def test_train_key_changes_with_pytorch(
+    checkout: Path, params: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = train_key(params())
+    monkeypatch.setattr(torch, "__version__", "0")
+    assert train_key(params()) != key
+
+
+def test_a_commit_is_dirty_while_its_code_is_changed(checkout: Path) -> None:
+    assert git_commit() is None
+    for command in ("init -q", "add -A", "-c user.name=Test -c user.email=test@example.com commit -qm code"):
+        subprocess.run(["git", "-C", str(checkout), *command.split()], check=True)
+    commit = git_commit()
+    assert commit and re.fullmatch("[0-9a-f]{40}", commit)
+    (checkout / "params.yaml").write_text("an experiment's")
+    assert git_commit() == commit
+    with (checkout / "src" / "train.py").open("a") as file:
+        file.write("\n")
+    assert git_commit() == f"{commit}-dirty"
 
 
 def test_hash_is_of_the_content_not_of_its_order() -> None:

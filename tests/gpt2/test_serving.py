@@ -110,9 +110,10 @@ def test_params_that_cannot_be_used_are_the_clients_error(
     assert caught.value.get_http_status_code() == 400
 
 
-def test_an_empty_prompt_is_the_clients_error(served: PyFuncModel) -> None:
-    with pytest.raises(MlflowException, match="the prompt is empty") as caught:
-        served.predict(pd.DataFrame({"prompt": ["The war", ""]}))
+@pytest.mark.parametrize(("prompt", "words"), [("", "the prompt is empty"), (None, "a prompt is no text")])
+def test_a_prompt_that_is_none_is_the_clients_error(served: PyFuncModel, prompt: str | None, words: str) -> None:
+    with pytest.raises(MlflowException, match=words) as caught:
+        served.predict(pd.DataFrame({"prompt": ["The war", prompt]}))
     assert caught.value.get_http_status_code() == 400
 
 

@@ -68,8 +68,9 @@ def test_decoding_marks_what_stays_broken() -> None:
     assert decode(encode("👧")[:1]) == "\ufffd"
 
 
-def test_files_of_another_tokenizer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "VOCAB_BPE_SHA256", "0" * 64)
+@pytest.mark.parametrize("name", ["VOCAB_BPE_SHA256", "ENCODER_JSON_SHA256"])
+def test_files_of_another_tokenizer_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(tokenizer, name, "0" * 64)
     load_tokenizer.cache_clear()
     with pytest.raises(ValueError, match=r"[Hh]ash"):
         load_tokenizer()

@@ -338,6 +338,7 @@ def test_a_process_that_is_killed_while_it_makes_the_store_leaves_none(tmp_path:
             left.unlink()
         process = start(tmp_path, LOG)
         while not list(tmp_path.glob("mlflow.db*")):
+            assert process.poll() is None
             time.sleep(0.001)
         time.sleep(delay)
         process.kill()

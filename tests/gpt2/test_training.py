@@ -20,7 +20,7 @@ from gpt2.batches import TrainingBatches, validation_batches
 from gpt2.checkpoints import Checkpoints
 from gpt2.cli import Stopped
 from gpt2.config import TrainParams
-from gpt2.model import GPT2Model
+from gpt2.model import GPT2Model, PositionwiseFeedForward
 from gpt2.training import Meter, accumulate_gradients, mean_loss, next_token_loss, train
 from gpt2.vocabulary import TextVocabulary
 
@@ -83,9 +83,13 @@ def test_tokens_that_never_occur_stay_alike(run: Callable[..., Any], make_model:
     assert found == pytest.approx(math.fsum(losses) / len(losses), rel=1e-5)
 
 
-def test_bfloat16_trains_too_and_leaves_float32_weights(run: Callable[..., Any]) -> None:
-    model, metrics, _ = run(precision="bfloat16", max_steps=60, learning_rate=0.02)
-    assert metrics["val_loss"] < 1
+def test_bfloat16_trains_too_and_leaves_float32_weights(run: Callable[..., Any], make_model: MakeModel) -> None:
+    model, formats = make_model(dropout=0.2), set()
+    for module in model.modules():
+        if isinstance(module, PositionwiseFeedForward):
+            module.linear1.register_forward_hook(lambda *call: formats.add(call[-1].dtype))
+    _, metrics, _ = run(model, precision="bfloat16", max_steps=60, learning_rate=0.02)
+    assert metrics["val_loss"] < 1 and formats == {torch.bfloat16}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
