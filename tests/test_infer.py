@@ -22,7 +22,9 @@ import infer
 from gpt2 import tokenizer
 from gpt2.cli import run_command
 from gpt2.config import ModelParams
+from gpt2.decoding import Quantization
 from gpt2.files import read_json, write_json
+from gpt2.generation import Writer
 from gpt2.model import GPT2Model
 from gpt2.weights import load_model, save_model
 
@@ -224,6 +226,19 @@ def test_session_in_a_terminal(model_folder: Path, tmp_path: Path) -> None:
     child.close()
     assert child.exitstatus == 0
     assert "The war" in history.read_text(encoding="utf-8").replace("\\040", " ")  # libedit's space
+
+
+def test_quantize_is_for_the_text(run_infer: Infer, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    def make(model: GPT2Model, rows: int, quantization: Quantization) -> Writer:
+        given.append(quantization)
+        return Writer(model, rows, quantization)
+
+    monkeypatch.setattr(infer, "Writer", make)
+    for quantize in ("int8", "none"):
+        assert run_infer("--prompt", "a", "--max_tokens", "1", "--quantize", quantize)[0] == 0
+    assert given == ["int8", "none"]
 
 
 def test_score_is_the_plain_cross_entropy(

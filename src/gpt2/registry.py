@@ -161,10 +161,10 @@ def describe(uri: str) -> str:
         "params": params,
     }
     shown = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
-    return f"{shown}\n{_reproduction(version, run, params['prepare']['source'])}"
+    return f"{shown}\n{reproduction(version, run, params['prepare']['source'])}"
 
 
-def _reproduction(version: ModelVersion, run: Run, source: str) -> str:
+def reproduction(version: ModelVersion, run: Run, source: str) -> str:
     """Return the shell commands that make a version's weights again, in a clone beside the main checkout."""
     commit, _, dirty = run.data.tags.get(COMMIT, "").partition("-")
     clone = f"../gpt2-{version.tags[MODEL_SHA256][:8]}"
