@@ -36,6 +36,11 @@ TINY: dict[str, Any] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put slow tests first: two that run tests side by side then end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def shipped_text() -> str:
     return (REPOSITORY / "params.yaml").read_text(encoding="utf-8")
