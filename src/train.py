@@ -1,5 +1,9 @@
 """Stage train: a GPT-2 learns the training split; its weights go to data/model, its curves to data/plots."""
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # a training gains nothing by spinning, and slows another beside it
+
 from gpt2 import tracking
 from gpt2.batches import load_tokens
 from gpt2.checkpoints import Checkpoints
