@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -80,18 +80,23 @@ def test_bfloat16_is_as_near_the_truth_as_the_formula_under_autocast() -> None:
     inputs = make_inputs(64, torch.bfloat16)
     q, k, v = exact = [one.detach().double().requires_grad_() for one in inputs]
     truth = with_seed(plain)(q, k, v)
-    weights = torch.randn(truth.shape)
-    true_gradients = torch.autograd.grad((truth * weights).sum(), exact)
+    draws = torch.randn(50, *truth.shape, generator=torch.Generator().manual_seed(1))  # one alone may be lucky
+
+    def gradients(value: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients of many sums of the value with random weights."""
+        found = [torch.autograd.grad((value * weights).sum(), of, retain_graph=True) for weights in draws]
+        return [torch.stack(one) for one in zip(*found, strict=True)]
+
+    true = [truth, *gradients(truth, exact)]
 
     def distances(function: Attention) -> list[float]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value = with_seed(function)(*inputs)
-        gradients = torch.autograd.grad((value * weights).sum(), inputs)
-        pairs = zip((value, *gradients), (truth, *true_gradients), strict=True)
-        return [(found.double() - true).norm().item() for found, true in pairs]
+        pairs = zip([value, *gradients(value, inputs)], true, strict=True)
+        return [(found.double() - one).norm().item() for found, one in pairs]
 
     ours, theirs = distances(causal_attention), distances(plain)
-    assert all(one <= 1.5 * other for one, other in zip(ours, theirs, strict=True)), (ours, theirs)
+    assert all(one <= 1.1 * other for one, other in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
 def test_mean_stays_and_each_call_drops_anew() -> None:
