@@ -2,15 +2,16 @@
 
 import contextlib
 import json
-import os
+import multiprocessing
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -232,41 +233,48 @@ def test_the_run_of_a_killed_experiment_goes_on_under_another_name(
     assert [run.info.run_name for run in runs_of(params)][1] == "calm-dog" and len(runs_of(params)) == 2
 
 
-def start(root: Path, script: str) -> subprocess.Popen[str]:
-    """Run a script in a process of its own, since MLflow remembers stores, with `root` as the main checkout."""
-    opening = f"""
-import mlflow
+# Its processes have opened no store yet, since MLflow remembers stores, but have loaded what takes long to load.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "pandas", "torch"])
+OPENING = """
+import os
 from pathlib import Path
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+import mlflow
 from gpt2 import tracking
-tracking.main_root = lambda: Path({str(root)!r})
+tracking.main_root = lambda: root
 """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    environment["PYTHONPATH"] = str(Path(tracking.__file__).parents[1])
-    command = [sys.executable, "-c", opening + script]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def output_of(process: subprocess.Popen[str]) -> str:
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    return output.strip()
+def start(root: Path, script: str) -> tuple[ForkServerProcess, Connection]:
+    """Run a script in a process of its own, with `root` as the main checkout; it gives its result to `answer`."""
+    answers, sender = FRESH.Pipe(duplex=False)
+    process = FRESH.Process(target=exec, args=(OPENING + script, {"root": root, "answer": sender.send}))
+    process.start()
+    return process, answers
+
+
+def answer_of(root: Path, script: str) -> Any:
+    """Run a script like `start`, and return its answer."""
+    process, answers = start(root, script)
+    process.join(240)
+    assert process.exitcode == 0
+    return answers.recv()
 
 
 LOG = """
 with tracking.open_store() as experiment_id, mlflow.start_run(experiment_id=experiment_id) as run:
     mlflow.log_text("kept", "note.txt")
-print(run.info.run_id)
+answer(run.info.run_id)
 """
 OTHER_DATABASE = """
-import os
 os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///tracking.db"
 """
 # What `mlflow ui` does: nothing of this project, in the folder where it is called.
 READ = """
-import os
-os.chdir({folder!r})
+os.chdir(root)
 mlflow.set_tracking_uri("sqlite:///mlflow.db")
-print(mlflow.artifacts.load_text("runs:/{run}/note.txt"))
+answer(mlflow.artifacts.load_text("runs:/{run}/note.txt"))
 """
 
 
@@ -274,10 +282,10 @@ print(mlflow.artifacts.load_text("runs:/{run}/note.txt"))
 def test_another_database_in_a_moved_checkout_is_used_where_it_is(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
-    output_of(start(old, OTHER_DATABASE + LOG))
+    answer_of(old, OTHER_DATABASE + LOG)
     assert (old / "tracking.db").exists() and not (old / "mlflow.db").exists()
     old.rename(new)
-    after = output_of(start(new, OTHER_DATABASE + LOG))
+    after = answer_of(new, OTHER_DATABASE + LOG)
     assert (new / "mlartifacts" / after / "artifacts" / "note.txt").is_file()
     assert not old.exists()
 
@@ -287,13 +295,13 @@ def test_another_database_in_a_moved_checkout_is_used_where_it_is(tmp_path: Path
 def test_a_moved_store_is_used_where_it_is(tmp_path: Path, made: str) -> None:
     old, new = tmp_path / "old", tmp_path / "new? 100%25 & #1"
     old.mkdir()
-    before = output_of(start(old, LOG))
+    before = answer_of(old, LOG)
     if made == "absolute":
         make_paths_absolute(old)
-        output_of(start(old, LOG))
+        answer_of(old, LOG)
     old.rename(new)
-    assert output_of(start(new, READ.format(folder=str(new), run=before))) == "kept"
-    after = output_of(start(new, LOG))
+    assert answer_of(new, READ.format(run=before)) == "kept"
+    after = answer_of(new, LOG)
     assert (new / "mlartifacts" / after / "artifacts" / "note.txt").is_file()
     assert not old.exists()
 
@@ -306,7 +314,7 @@ def make_paths_absolute(root: Path) -> None:
 
 
 MANY = """
-import os, time
+import time
 from gpt2.tracking import open_store
 children = []
 start = time.time() + 1
@@ -322,13 +330,13 @@ for _ in range(20):
         finally:
             os._exit(status)
     children.append(child)
-print({os.waitpid(child, 0)[1] for child in children})
+answer({os.waitpid(child, 0)[1] for child in children})
 """
 
 
 @pytest.mark.slow
 def test_twenty_processes_open_a_missing_store_at_once(tmp_path: Path) -> None:
-    assert output_of(start(tmp_path, MANY)) == "{0}"
+    assert answer_of(tmp_path, MANY) == {0}
 
 
 @pytest.mark.slow
@@ -336,13 +344,13 @@ def test_a_process_that_is_killed_while_it_makes_the_store_leaves_none(tmp_path:
     for delay in (0, 0.2, 0.4):
         for left in tmp_path.glob("mlflow.db*"):
             left.unlink()
-        process = start(tmp_path, LOG)
+        process, _ = start(tmp_path, LOG)
         while not list(tmp_path.glob("mlflow.db*")):
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.001)
         time.sleep(delay)
         process.kill()
-        process.communicate()
+        process.join()
         assert not (tmp_path / "mlflow.db").exists(), "killed too late to show anything"
     assert list(tmp_path.glob("mlflow.db*"))
-    assert output_of(start(tmp_path, LOG))
+    assert answer_of(tmp_path, LOG)
