@@ -156,21 +156,24 @@ def run_queue(checkout: Path, shell: Shell, environment: dict[str, str]) -> None
     """Run what is queued, two at a time.
 
     On a busy machine one of DVC's workers can miss the message that ends it (treeverse/dvc#10398), and
-    --run-all then waits for it although all experiments have ended: so it is given ten seconds and then ended here.
+    --run-all then waits for it although all experiments have ended: so it is ended here.
     """
     process = subprocess.Popen(["dvc", "exp", "run", "--run-all", "-j", "2"], cwd=checkout, env=environment)
     deadline = time.monotonic() + 400
-    while re.search("Queued|Running", shell("dvc queue status").stdout) and time.monotonic() < deadline:
-        time.sleep(2)
-    assert "Failed" not in shell("dvc queue status").stdout
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
+    waiting = True
+    while waiting and time.monotonic() < deadline:
+        try:
+            process.wait(timeout=20)
+            break
+        except subprocess.TimeoutExpired:
+            waiting = bool(re.search("Queued|Running", shell("dvc queue status").stdout))
+    else:
         process.kill()
         process.wait()
         for file in checkout.glob(".dvc/tmp/exps/celery/*.pid"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(file.read_text()), signal.SIGTERM)
+    assert "Failed" not in shell("dvc queue status").stdout
 
 
 def clone(checkout: Path, folder: Path, **train: int) -> Path:
@@ -245,13 +248,12 @@ def test_mlflow_mirrors_the_run(checkout: Path, reproduced: object) -> None:
 
 def test_infer_writes_from_the_champion(shell: Shell, reproduced: object) -> None:
     command = 'python src/infer.py --prompt "Roses number" --max_tokens 5 --temperature 0.7 --top_k 40 --seed 1'
-    first, second = shell(command), shell(command)
-    assert first.stdout.startswith("Roses number") and len(first.stdout) > len("Roses number\n")
-    assert first.stdout == second.stdout
-    assert "d_model 16" in first.stderr and "tokens/s" in first.stderr
+    written = shell(command)
+    assert written.stdout.startswith("Roses number") and len(written.stdout) > len("Roses number\n")
+    assert "d_model 16" in written.stderr and "tokens/s" in written.stderr
     run_uri = re.search(r"run repro-\w+: (\w+)", shell("python src/register.py").stdout)
     assert run_uri is not None
-    assert shell(f"{command} -m runs:/{run_uri[1]}/model").stdout == first.stdout
+    assert shell(f"{command} -m runs:/{run_uri[1]}/model").stdout == written.stdout
 
 
 def test_a_version_tells_how_to_make_it_again(checkout: Path, shell: Shell, reproduced: object) -> None:
@@ -320,13 +322,11 @@ def test_mlflow_serves_the_text_that_infer_and_sample_write(
 
 def test_by_hand_gives_the_same_bytes(checkout: Path, shell: Shell, reproduced: object) -> None:
     before = digests(checkout)
-    for stage in STAGES:
-        shell(f"python src/{stage}.py")
-    assert digests(checkout) == before
-    shell("dvc commit --force")  # the measured speed is another one
+    shell("python src/prepare.py && python src/train.py && dvc commit --force train")
+    assert stages_run(shell("dvc repro").stdout) == ["register"]  # which shows the measured speed, another one now
+    shell("python src/evaluate.py && python src/sample.py && python src/register.py")
     assert stages_run(shell("dvc repro").stdout) == []
-    shell("python src/train.py && dvc commit --force train")
-    assert stages_run(shell("dvc repro").stdout) == ["register"]
+    assert digests(checkout) == before
 
 
 def test_a_lost_store_is_rebuilt_without_training(checkout: Path, shell: Shell, reproduced: object) -> None:
@@ -365,8 +365,15 @@ def test_a_clone_that_pulls_the_results_trains_nothing_and_may_be_moved(
     moved = pulled.rename(tmp_path / "elsewhere")
     written = 'python src/infer.py --prompt "Roses number" --max_tokens 5 --seed 1'
     assert shell(f"cd {moved} && {written}").stdout == shell(written).stdout
-    shell(f"cd {moved} && dvc exp run -n new -S train.max_steps=4")
-    assert_complete(moved, runs_by_name(moved)["new"], max_steps=4)
+    shell(f"cd {moved} && dvc exp run -n here -S train.max_steps=4")
+    assert re.search(r"train.max_steps +6 +4", shell(f"cd {moved} && dvc params diff").stdout)
+    here = runs_by_name(moved)["here"]
+    assert here.data.tags["dvc.experiment"] == "here"
+    assert_complete(moved, here, max_steps=4)
+    client = client_of(moved)
+    losses = {one.version: float(one.tags["gpt2.test_loss"]) for one in client.search_model_versions("name = 'gpt2'")}
+    champion = client.get_model_version_by_alias("gpt2", "champion")
+    assert len(losses) == 2 and losses[champion.version] == min(losses.values())
     assert not pulled.exists()
 
 
@@ -374,13 +381,6 @@ def test_experiments_leave_complete_runs_and_the_same_bytes(
     checkout: Path, shell: Shell, environment: dict[str, str], tmp_path: Path, reproduced: object
 ) -> None:
     shell(COMMIT_RESULTS)
-    shell("dvc exp run -n here -S train.max_steps=4")
-    assert re.search(r"train.max_steps +6 +4", shell("dvc params diff").stdout)
-    client = client_of(checkout)
-    losses = {one.version: float(one.tags["gpt2.test_loss"]) for one in client.search_model_versions("name = 'gpt2'")}
-    champion = client.get_model_version_by_alias("gpt2", "champion")
-    assert len(losses) == 2 and losses[champion.version] == min(losses.values())
-    shell("git checkout -q . && dvc checkout -q")
     (tmp_path / "sitecustomize.py").write_text(DIE_AT_STEP_4)
     aside = "dvc exp run --temp -n aside -S train.max_steps=5 -S train.checkpoint_interval=2"
     shell(f"PYTHONPATH={tmp_path} {aside}", code=255)
@@ -389,7 +389,7 @@ def test_experiments_leave_complete_runs_and_the_same_bytes(
         shell(f"dvc exp run --queue -n queued-{steps} -S train.max_steps={steps}")
     run_queue(checkout, shell, environment)
     runs = runs_by_name(checkout)
-    expected = {"here": 4, "aside": 5, "queued-7": 7, "queued-8": 8}
+    expected = {"aside": 5, "queued-7": 7, "queued-8": 8}
     assert set(expected) < set(runs)
     for name, steps in expected.items():
         assert runs[name].data.tags["dvc.experiment"] == name
@@ -426,9 +426,7 @@ if sys.orig_argv[-1] == "src/train.py":
 """
 
 
-def test_killed_at_any_moment_equals_unbroken(
-    checkout: Path, environment: dict[str, str], tmp_path: Path, reproduced: object
-) -> None:
+def test_killed_at_any_moment_equals_unbroken(checkout: Path, environment: dict[str, str], tmp_path: Path) -> None:
     max_steps, interval = 120, 3
     unbroken, killed = (
         clone(checkout, tmp_path / name / "gpt2", max_steps=max_steps, checkpoint_interval=interval)
@@ -450,6 +448,7 @@ def test_killed_at_any_moment_equals_unbroken(
                 for process in dvc.children(recursive=True):
                     if process.cmdline()[1:] == [f"src/{stage}.py"]:
                         return dvc, process
+            time.sleep(0.01)
         return dvc, None
 
     def kill(*victims: psutil.Process) -> None:
@@ -502,8 +501,8 @@ def test_killed_at_any_moment_equals_unbroken(
     kills.append(is_alive(waiting))
     kill(waiting)
     dvc.wait(60)
-    kills += [strike(stage) for stage in [*["train"] * 8, "evaluate", "sample", *["register"] * 3]]
-    assert sum(kills) >= 10
+    kills += [strike(stage) for stage in [*["train"] * 6, "evaluate", "sample", *["register"] * 2]]
+    assert sum(kills) >= 8
     delete_broken_lock_file(killed)
     subprocess.run(["dvc", "repro", "--quiet"], cwd=killed, env=noting, check=True)
 
@@ -517,7 +516,7 @@ def test_killed_at_any_moment_equals_unbroken(
 
 
 def test_ctrl_c_saves_first_and_the_next_repro_goes_on(
-    checkout: Path, environment: dict[str, str], tmp_path: Path, reproduced: object
+    checkout: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     folder, noted = clone(checkout, tmp_path / "gpt2", max_steps=100), tmp_path / "steps"
     write = [sys.executable, "src/infer.py", "--prompt", "Roses"]
@@ -577,9 +576,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def test_a_server_that_dies_costs_no_step(
-    checkout: Path, environment: dict[str, str], tmp_path: Path, reproduced: object
-) -> None:
+def test_a_server_that_dies_costs_no_step(checkout: Path, environment: dict[str, str], tmp_path: Path) -> None:
     max_steps, port = 600, free_port()  # the server comes back at the same one
     folder = clone(checkout, tmp_path / "gpt2", max_steps=max_steps, log_interval=5)
 
