@@ -9,16 +9,16 @@ import numpy as np
 
 from gpt2 import tokenizer
 from gpt2.cli import Parser, UserError, run_command
-from gpt2.config import Device, ModelConfig
+from gpt2.config import Device, ModelConfig, load_params
 from gpt2.decoding import Quantization
 from gpt2.evaluation import describe, predict, summarize, token_losses
 from gpt2.generation import GenerationSettings, Text, Writer
 from gpt2.model import GPT2Model
+from gpt2.project import PARAMS
 from gpt2.runtime import autocast, choose_device, choose_precision, keep_freed_memory
 from gpt2.session import change, converse, inform, write_text
 from gpt2.weights import load_model
 
-DEFAULT_MODEL = "models:/gpt2@champion"
 SCORE_BATCH = 8  # windows
 EXPLAINED, CONTEXT_CHARACTERS, TOKEN_CHARACTERS = 10, 32, 18
 
@@ -46,13 +46,12 @@ def main() -> None:
     elif arguments.explain:
         raise UserError("--explain needs --score FILE")
 
-    model, config = load_model(find_model(arguments.model))
+    name = arguments.model or load_params(PARAMS).register_.champion
+    model, config = load_model(find_model(name))
     if config.vocab_size != tokenizer.VOCAB_SIZE:
-        raise UserError(
-            f"{arguments.model} has a vocabulary of {config.vocab_size}, not GPT-2's {tokenizer.VOCAB_SIZE}"
-        )
+        raise UserError(f"{name} has a vocabulary of {config.vocab_size}, not GPT-2's {tokenizer.VOCAB_SIZE}")
     model.to(device)
-    inform(describe_model(model, config, arguments.model, str(device)))
+    inform(describe_model(model, config, name, str(device)))
     if scored is not None:
         with autocast(device, choose_precision("auto", device)):
             score(model, scored, arguments.explain)
@@ -72,9 +71,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "-m",
         "--model",
-        default=DEFAULT_MODEL,
         help="registry or run URI, model folder, .safetensors file or .pt checkpoint of the original project "
-        "(default: %(default)s)",
+        "(default: the champion that params.yaml names)",
     )
     add("-t", "--max_tokens", help=f"tokens to write at most (default: {defaults.max_tokens})")
     add("--temperature", help=f"0 takes the likeliest token, 1 draws as trained (default: {defaults.temperature})")

@@ -16,7 +16,7 @@ from gpt2.weights import read_config
 
 def main() -> None:
     params = load_params(PARAMS)
-    champion = f"models:/{params.register_.name}@{params.register_.alias}"
+    champion = params.register_.champion
     parser = Parser(description=__doc__, allow_abbrev=False)
     for name, about in (
         ("--show", "print what a model was made from, and the commands that make it again"),

@@ -50,15 +50,15 @@ def page(table: pd.DataFrame) -> str:
     """Return the samples as markdown: a section for each prompt, the prompt in bold before what follows it."""
     parts = ["# Samples\n"]
     for prompt, rows in table.groupby("prompt", sort=False):
-        parts.append(f"## {prompt}\n")
+        parts.append(f"## {' '.join(str(prompt).split())}\n")
         for row in rows.to_dict("records"):
             setting = ", ".join(
                 f"{name} {row[name]}"
                 for name in (*SamplingParams.model_fields, "seed")
                 if pd.notna(row[name]) and (name, row[name]) != ("repetition_penalty", 1)
             )
-            text = str(row["text"]).replace("\n", "\n> ")
-            parts.append(f"*{setting}*\n\n> **{prompt}**{text}\n")
+            text = f"**{prompt}**{row['text']}".replace("\n", "\n> ")
+            parts.append(f"*{setting}*\n\n> {text}\n")
     return "\n".join(parts)
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pexpect
@@ -23,7 +24,7 @@ from gpt2 import tokenizer
 from gpt2.cli import run_command
 from gpt2.config import ModelParams
 from gpt2.decoding import Quantization
-from gpt2.files import read_json, write_json
+from gpt2.files import read_json, write_json, write_text
 from gpt2.generation import Writer
 from gpt2.model import GPT2Model
 from gpt2.weights import load_model, save_model
@@ -112,6 +113,17 @@ def test_mistakes_are_one_line(run_infer: Infer, arguments: list[str], message: 
     code, text, report = run_infer(*arguments)
     assert code == 2 and text == ""
     assert report.startswith("error: ") and message in report and len(report.splitlines()) == 1
+
+
+def test_without_a_model_it_is_the_one_that_params_yaml_names(
+    run_infer: Infer, model_folder: Path, shipped: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped["register"] = {"name": "mine", "alias": "best"}
+    write_text(tmp_path / "params.yaml", yaml.safe_dump(shipped))
+    monkeypatch.setattr(infer, "PARAMS", tmp_path / "params.yaml")
+    monkeypatch.setattr(infer, "find_model", {"models:/mine@best": model_folder}.__getitem__)
+    code, _, report = run_infer("-p", "a", "--model", "")
+    assert code == 0 and report.startswith("models:/mine@best: GPT-2")
 
 
 def test_a_model_of_another_vocabulary_is_refused(

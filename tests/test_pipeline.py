@@ -263,6 +263,7 @@ def test_a_version_tells_how_to_make_it_again(checkout: Path, shell: Shell, repr
     assert shown["weights_sha256"] == made
     assert shown["git_commit"] == shell("git rev-parse HEAD").stdout.strip()
     assert shown["test_perplexity"] == json.loads((checkout / "data/metrics/evaluate.json").read_text())["perplexity"]
+    assert shown["test_stride"] == 16
     assert shown["data_digest"] == sha256_of(checkout / "data/tokens/train.bin")[:32]
     assert shown["params"]["train"]["max_steps"] == 6 and shown["aliases"] == ["champion"]
     all_installed = "\n".join(line for line in commands.splitlines() if "pip install" not in line)

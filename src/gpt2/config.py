@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from gpt2.cli import UserError
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
-MOST = 2**31  # all numbers are below it
+MOST = 2**31  # all counts are below it
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -21,6 +21,12 @@ def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise ValueError("should be auto, cpu, mps, cuda or cuda:N")
     return name
+
+
+def _auto_or_bool(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError("should be auto, true or false")
+    return value
 
 
 def _prompt(text: str) -> str:
@@ -47,7 +53,7 @@ Device = Annotated[str, AfterValidator(_device)]
 Float = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[int, Field(gt=0, lt=MOST)]
 Size = Annotated[int, Field(gt=0, le=2**20)]
-Seed = Annotated[int, Field(ge=0, lt=MOST)]
+Natural = Annotated[int, Field(ge=0, lt=MOST)]
 Fraction = Annotated[Float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -77,7 +83,7 @@ class ModelParams(Section):
 
 
 class TrainParams(Section):
-    seed: Seed
+    seed: Natural
     max_steps: Count
     batch_size: Size
     micro_batch_size: Size
@@ -86,7 +92,7 @@ class TrainParams(Section):
     optimizer: Literal["adamw", "muon"]
     learning_rate: Annotated[Float, Field(gt=0)]
     embedding_learning_rate: Annotated[Float, Field(gt=0)]
-    warmup_steps: Annotated[int, Field(ge=0)]
+    warmup_steps: Natural
     decay_fraction: Annotated[Float, Field(ge=0, le=1)]
     weight_decay: Annotated[Float, Field(ge=0)]
     grad_clip: Annotated[Float, Field(gt=0)]
@@ -94,11 +100,11 @@ class TrainParams(Section):
     eval_interval: Count
     eval_windows: Count
     checkpoint_interval: Count
-    max_bad_steps: Annotated[int, Field(ge=0)]
+    max_bad_steps: Natural
     threads: Annotated[int, Field(gt=0, le=1024)]
     device: Device
     precision: Precision
-    compile: Literal["auto"] | bool
+    compile: Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 
 
 class EvaluateParams(Section):
@@ -120,12 +126,17 @@ class SampleParams(Section):
     prompts: Annotated[list[Annotated[str, AfterValidator(_prompt)]], Field(min_length=1)]
     settings: Annotated[list[SamplingParams], Field(min_length=1)]
     max_tokens: Count
-    seed: Seed
+    seed: Natural
 
 
 class RegisterParams(Section):
     name: Name
     alias: Annotated[str, AfterValidator(_alias)]
+
+    @property
+    def champion(self) -> str:
+        """The URI of the registered model that holds the alias."""
+        return f"models:/{self.name}@{self.alias}"
 
 
 class Params(Section):

@@ -21,8 +21,8 @@ def write_curves(history: History, folder: Path) -> None:
 
 
 def read_curves(folder: Path) -> dict[str, Points]:
-    """Return the (step, value) points of every curve that has a file in folder."""
-    return {name: _read(_path(name, folder)) for name in CURVES if _path(name, folder).exists()}
+    """Return the (step, value) points of every curve in folder. Raises OSError if one is missing."""
+    return {name: _read(_path(name, folder)) for name in CURVES}
 
 
 def _path(name: str, folder: Path) -> Path:

@@ -36,6 +36,6 @@ def make_paths_relative(path: Path, prefix: str) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
         for table, column in PATH_COLUMNS:
             connection.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                (ARTIFACTS, len(prefix) + 1, len(prefix), prefix),
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
+                (ARTIFACTS, len(prefix) + 1, len(prefix) + 1, f"{prefix}/"),
             )

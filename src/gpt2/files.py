@@ -59,7 +59,7 @@ def publish(written: Path, path: Path) -> None:
 
     Raises OSError; what had the name before has it still then.
     """
-    for file in [*(written.iterdir() if written.is_dir() else []), written]:
+    for file in [*written.rglob("*"), written]:
         _sync(file)
     aside = path.with_name(f"{path.name}.old.partial")  # a folder cannot be replaced at once
     delete(aside)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpt2 import tokenizer
 from gpt2.cli import UserError
-from gpt2.config import Count, Float, SamplingParams, Seed
+from gpt2.config import Count, Float, Natural, SamplingParams
 from gpt2.decoding import Decoder, Quantization
 from gpt2.model import GPT2Model
 from gpt2.sampling import draw, logits_wanted
@@ -31,7 +31,7 @@ class GenerationSettings(SamplingParams):
     top_k: Count | None = 40
     max_tokens: Count = 50
     stop: Annotated[str, Field(min_length=1)] | None = None  # the text ends before it
-    seed: Seed | None = None
+    seed: Natural | None = None
 
 
 class Text:

@@ -1,4 +1,4 @@
-"""The learning rate at each step, and which optimizer moves which parameter: pure functions."""
+"""The learning rate at each step, and which optimizer moves which parameter."""
 
 from collections.abc import Sequence
 from typing import Any

