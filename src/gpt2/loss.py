@@ -23,11 +23,11 @@ ALIGNED_COLUMNS = 64  # rows that begin at multiples of this make the products u
 def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, last_count: int = 1) -> Tensor:
     """Return the mean cross-entropy () in nats of targets (N,) under the logits features (N, C) @ weight (V, C).T.
 
-    The last row of weight stands for `last_count` equal ones, and its gradient is the sum of theirs.
+    Its gradients are computed at once. The last row of weight stands for `last_count` equal ones, and its gradient is
+    the sum of theirs.
     Matrix products run in autocast's format where it is on; the softmax and the sums never below float32.
     """
-    needs_gradient = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(features, weight, targets, last_count, needs_gradient)
+    return _LinearCrossEntropy.apply(features, weight, targets, last_count)
 
 
 def _operands(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,9 +58,7 @@ def _memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, last_count: int, needs_gradient: bool
-    ) -> Tensor:
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, last_count: int) -> Tensor:
         inputs, matrix, buffer = _operands(features, weight)
         with torch.autocast(features.device.type, enabled=False):
             total = features.new_zeros((), dtype=torch.promote_types(buffer.dtype, torch.float32))
@@ -68,24 +66,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_gradient: Tensor | None = None
             for rows, target in zip(inputs.split(len(buffer)), targets.split(len(buffer)), strict=True):
                 logits = torch.mm(rows, matrix.T, out=buffer[: len(rows)])  # (R, V)
-                total += _softmax_(logits, target, last_count, 1 / len(inputs) if needs_gradient else None)
-                if needs_gradient:
-                    features_gradients.append((logits @ matrix).to(features.dtype))
-                    part = logits.T @ rows
-                    weight_gradient = part.to(weight.dtype) if weight_gradient is None else weight_gradient.add_(part)
-            if weight_gradient is not None:
-                ctx.save_for_backward(torch.cat(features_gradients), weight_gradient)
+                total += _softmax_(logits, target, last_count, 1 / len(inputs))
+                features_gradients.append((logits @ matrix).to(features.dtype))
+                part = logits.T @ rows
+                weight_gradient = part.to(weight.dtype) if weight_gradient is None else weight_gradient.add_(part)
+            ctx.save_for_backward(torch.cat(features_gradients), weight_gradient)
         return total / len(inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         features_gradient, weight_gradient = ctx.saved_tensors
-        return features_gradient * gradients[0], weight_gradient * gradients[0], None, None, None
+        return features_gradient * gradients[0], weight_gradient * gradients[0], None, None
 
 
-def _softmax_(logits: Tensor, targets: Tensor, last_count: int, scale: float | None) -> Tensor:
-    """Return the summed loss () of logits (R, V), in whose place its gradient times scale, if there is one, is left.
+def _softmax_(logits: Tensor, targets: Tensor, last_count: int, scale: float) -> Tensor:
+    """Return the summed loss () of logits (R, V), in whose place its gradient times scale is left.
 
     The last column counts last_count times.
     """
@@ -99,9 +95,8 @@ def _softmax_(logits: Tensor, targets: Tensor, last_count: int, scale: float | N
         values[:, -1] += math.log(last_count)
         sums = values.sub_(largest).exp_().sum(1, keepdim=True)
         total += (sums.log() + largest - target_logits).sum()
-        if scale:
-            values.mul_(scale / sums).scatter_add_(1, target, values.new_full(target.shape, -scale))
-            rows.copy_(values)
+        values.mul_(scale / sums).scatter_add_(1, target, values.new_full(target.shape, -scale))
+        rows.copy_(values)
     return total
 
 

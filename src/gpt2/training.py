@@ -20,7 +20,7 @@ from gpt2.cli import Stopped, UserError, stop_requests
 from gpt2.config import ModelParams, TrainParams
 from gpt2.curves import History, LogMetrics
 from gpt2.initialization import start_from_bigrams
-from gpt2.loss import linear_cross_entropy, perplexity
+from gpt2.loss import linear_cross_entropy, perplexity, token_cross_entropy
 from gpt2.model import GPT2Model
 from gpt2.optimization import build_optimizers, schedule, set_learning_rates
 from gpt2.runtime import autocast, check_memory, choose_compilation, choose_device, choose_precision, peak_memory_bytes
@@ -190,7 +190,9 @@ def accumulate_gradients(
         inputs, targets = (tokens.contiguous().pin_memory() for tokens in (inputs, targets))
     for micro_batch in zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
         x, y = (tokens.to(device, non_blocking=on_gpu) for tokens in micro_batch)
-        loss = next_token_loss(model, x, y, vocabulary) * (len(x) / len(inputs))
+        features, rows = model.features(x).flatten(0, 1), vocabulary.rows(model.output_projection.weight)
+        loss = linear_cross_entropy(features, rows, vocabulary.row_of[y.flatten()], vocabulary.last_count)
+        loss = loss * (len(x) / len(inputs))
         loss.backward()
         total += loss.detach()
     return total
@@ -203,20 +205,12 @@ def mean_loss(model: GPT2Model, batches: Iterable[tuple[Tensor, Tensor]], device
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for x, y in batches:
-        total += next_token_loss(model, x.to(device), y.to(device)).cpu().double() * y.numel()
-        count += y.numel()
+        features = model.features(x.to(device)).flatten(0, 1)
+        losses = token_cross_entropy(features, model.output_projection.weight, y.to(device).flatten())
+        total += losses.cpu().double().sum()
+        count += len(losses)
     model.train(was_training)
     return float(total / count)
-
-
-def next_token_loss(
-    model: GPT2Model, inputs: Tensor, targets: Tensor, vocabulary: TextVocabulary | None = None
-) -> Tensor:
-    """Return the mean cross-entropy () in nats of targets (B, T), sooner if they are known to be in a vocabulary."""
-    features, weight, targets = model.features(inputs).flatten(0, 1), model.output_projection.weight, targets.flatten()
-    if vocabulary is None:
-        return linear_cross_entropy(features, weight, targets)
-    return linear_cross_entropy(features, vocabulary.rows(weight), vocabulary.row_of[targets], vocabulary.last_count)
 
 
 class Meter:

@@ -21,7 +21,7 @@ from gpt2.checkpoints import Checkpoints
 from gpt2.cli import Stopped
 from gpt2.config import TrainParams
 from gpt2.model import GPT2Model, PositionwiseFeedForward
-from gpt2.training import Meter, accumulate_gradients, mean_loss, next_token_loss, train
+from gpt2.training import Meter, accumulate_gradients, mean_loss, train
 from gpt2.vocabulary import TextVocabulary
 
 ErrorLine = Callable[[Callable[[], object]], str]
@@ -77,10 +77,9 @@ def test_tokens_that_never_occur_stay_alike(run: Callable[..., Any], make_model:
     rows = model.output_projection.weight.detach()
     torch.testing.assert_close(rows[53:], rows[53].expand(8, -1))
     assert (rows[53] - rows[:53]).abs().amax(1).min() > 0.01
-    found = mean_loss(model, validation_batches(TOKENS[:90], 2, 8), CPU)  # of all 61
-    text = TextVocabulary(TOKENS, 61, CPU)
-    losses = [next_token_loss(model.eval(), x, y, text).item() for x, y in validation_batches(TOKENS[:90], 1, 8)]
-    assert found == pytest.approx(math.fsum(losses) / len(losses), rel=1e-5)
+    batch = next(iter(validation_batches(TOKENS[:90], 11, 8)))
+    found = accumulate_gradients(model.eval(), TextVocabulary(TOKENS, 61, CPU), *batch, 11)
+    assert found.item() == pytest.approx(mean_loss(model, [batch], CPU), rel=1e-5)  # of all 61
 
 
 def test_bfloat16_trains_too_and_leaves_float32_weights(run: Callable[..., Any], make_model: MakeModel) -> None:
@@ -93,6 +92,10 @@ def test_bfloat16_trains_too_and_leaves_float32_weights(run: Callable[..., Any],
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def loss_of_logits(model: GPT2Model, inputs: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])  # 3 leaves a smaller last one
 def test_accumulated_gradient_is_that_of_the_whole_batch(make_model: MakeModel, micro_batch_size: int) -> None:
     batch = TrainingBatches(TOKENS, 4, 8, seed=1)(0)
@@ -100,19 +103,12 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(make_model: MakeModel, 
     vocabulary = TextVocabulary(TOKENS, 61, CPU)
     for model in (whole, parts):
         vocabulary.make_unseen_equal(model.output_projection.weight)
-    loss = next_token_loss(whole, *batch)
+    loss = loss_of_logits(whole, *batch)
     loss.backward()
     total = accumulate_gradients(parts, vocabulary, *batch, micro_batch_size)
     torch.testing.assert_close(total, loss.detach())
     for expected, found in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, atol=1e-6, rtol=1e-4)
-
-
-def test_next_token_loss_is_that_of_the_logits(make_model: MakeModel) -> None:
-    inputs, targets = TrainingBatches(TOKENS, 4, 8, seed=1)(0)
-    model = make_model(random=True)
-    expected = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(next_token_loss(model, inputs, targets), expected)
 
 
 def test_mean_loss_weighs_tokens_alike_and_leaves_no_trace(make_model: MakeModel) -> None:
@@ -121,7 +117,7 @@ def test_mean_loss_weighs_tokens_alike_and_leaves_no_trace(make_model: MakeModel
     found = mean_loss(model, batches, CPU)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert found == pytest.approx(next_token_loss(model.eval(), inputs, targets).item(), rel=1e-5)
+    assert found == pytest.approx(loss_of_logits(model.eval(), inputs, targets).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
