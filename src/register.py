@@ -7,9 +7,9 @@ from gpt2.checkpoints import Checkpoints
 from gpt2.cli import Parser, run_command
 from gpt2.config import Params, load_params
 from gpt2.files import read_json, write_json
-from gpt2.lineage import train_key
-from gpt2.project import METRICS, MODEL, PARAMS, RECEIPT, TOKENS, training_state
-from gpt2.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, describe, promote, register, verify
+from gpt2.lineage import checkpoint_folder
+from gpt2.project import METRICS, MODEL, PARAMS, RECEIPT, TOKENS
+from gpt2.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, promote, provenance, register, verify
 from gpt2.tracking import MODEL_SHA256, mirror_run
 from gpt2.weights import read_config
 
@@ -25,7 +25,7 @@ def main() -> None:
         parser.add_argument(name, nargs="?", const=champion, metavar="URI", help=f"{about} (default: {champion})")
     arguments = parser.parse_args()
     if arguments.show is not None:
-        print(describe(arguments.show))
+        print(provenance(arguments.show))
     if arguments.verify is not None:
         print(verify(arguments.verify))
     if arguments.show is None and arguments.verify is None:
@@ -47,7 +47,7 @@ def register_results(params: Params) -> None:
         version = register(MODEL, name, tags)
         print(f"run {run.info.run_name}: {run.info.run_id}")
         print(promote(name, alias, version))
-    Checkpoints(training_state(train_key(params))).remove()
+    Checkpoints(checkpoint_folder(params)).remove()
     # The same results leave the same receipt, whatever ids and version numbers the store gave them.
     write_json(RECEIPT, {"name": name, "alias": alias, **tags})
 

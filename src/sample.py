@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-from typing import Any
 
 import pandas as pd
 
@@ -36,8 +35,10 @@ def main() -> None:
 def sample(model: GPT2Model, params: SampleParams) -> tuple[pd.DataFrame, list[list[int]]]:
     """Return one row for each prompt and setting, and the tokens of each row's text."""
     asked = list(itertools.product(params.prompts, params.settings))
-    fixed: dict[str, Any] = {"max_tokens": params.max_tokens, "seed": params.seed}
-    texts = [Text(prompt, GenerationSettings(**setting.model_dump(), **fixed)) for prompt, setting in asked]
+    texts = [
+        Text(prompt, GenerationSettings(**setting.model_dump(), max_tokens=params.max_tokens, seed=params.seed))
+        for prompt, setting in asked
+    ]
     rows = [
         {"prompt": prompt, **setting.model_dump(), "seed": params.seed, "text": text}
         for (prompt, setting), text in zip(asked, write_all(model, texts), strict=True)

@@ -8,11 +8,11 @@ from gpt2 import tracking
 from gpt2.batches import load_tokens
 from gpt2.checkpoints import Checkpoints
 from gpt2.cli import run_command
-from gpt2.config import load_params
+from gpt2.config import ModelConfig, load_params
 from gpt2.curves import write_curves
 from gpt2.files import exclusive, read_json, write_json
-from gpt2.lineage import train_key
-from gpt2.project import CHECKOUT_LOCK, METRICS, MODEL, PARAMS, PLOTS, TOKENS, training_state
+from gpt2.lineage import checkpoint_folder
+from gpt2.project import CHECKOUT_LOCK, METRICS, MODEL, PARAMS, PLOTS, TOKENS
 from gpt2.runtime import keep_freed_memory, use_threads
 from gpt2.training import build_model, train
 from gpt2.weights import save_model
@@ -22,17 +22,17 @@ def main() -> None:
     params = load_params(PARAMS)
     use_threads(params.train.threads)
     keep_freed_memory()
-    vocab_size = read_json(TOKENS / "meta.json")["vocab_size"]
-    model = build_model(params.model, params.train, vocab_size)
+    config = ModelConfig(**params.model.model_dump(), vocab_size=read_json(TOKENS / "meta.json")["vocab_size"])
+    model = build_model(config, params.train)
     print(f"{model.count_parameters():,} parameters", flush=True)
     train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
-    checkpoints = Checkpoints(training_state(train_key(params)))
+    checkpoints = Checkpoints(checkpoint_folder(params))
 
     # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
     with exclusive(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
         with tracking.training_run(params) as log_metrics:
             metrics, history = train(model, train_tokens, val_tokens, params.train, checkpoints, log_metrics)
-        digest = save_model(model, params.model, vocab_size, MODEL)
+        digest = save_model(model, config, MODEL)
         write_curves(history, PLOTS)
         write_json(METRICS / "train.json", metrics)
     # The checkpoints stay until register has run: DVC may be killed before it has taken note of these results.

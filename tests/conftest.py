@@ -14,7 +14,7 @@ import yaml
 from hypothesis import settings
 
 from gpt2.cli import UserError, fail
-from gpt2.config import ModelParams, TrainParams, check
+from gpt2.config import ModelConfig, TrainParams, check
 from gpt2.model import GPT2Model
 
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=60)
@@ -52,8 +52,8 @@ def shipped(shipped_text: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def make_model_params() -> Callable[..., ModelParams]:
-    return lambda **changes: check(ModelParams, TINY | changes, "tiny")
+def make_config() -> Callable[..., ModelConfig]:
+    return lambda **changes: check(ModelConfig, {"vocab_size": TINY_VOCABULARY} | TINY | changes, "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ import evaluate
 import infer
 from gpt2 import tokenizer
 from gpt2.cli import run_command
-from gpt2.config import ModelParams
+from gpt2.config import ModelConfig
 from gpt2.decoding import Quantization
 from gpt2.files import read_json, write_json, write_text
 from gpt2.generation import Writer
@@ -39,10 +39,10 @@ TEXT = "The state of the Union is “naïve” 🦊.\r\n"
 def model_folder(
     tmp_path_factory: pytest.TempPathFactory,
     make_model: Callable[..., GPT2Model],
-    make_model_params: Callable[..., ModelParams],
+    make_config: Callable[..., ModelConfig],
 ) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    save_model(make_model(vocab_size=tokenizer.VOCAB_SIZE), make_model_params(), tokenizer.VOCAB_SIZE, folder)
+    save_model(make_model(vocab_size=tokenizer.VOCAB_SIZE), make_config(vocab_size=tokenizer.VOCAB_SIZE), folder)
     return folder
 
 
@@ -130,9 +130,9 @@ def test_a_model_of_another_vocabulary_is_refused(
     run_infer: Infer,
     tmp_path: Path,
     make_model: Callable[..., GPT2Model],
-    make_model_params: Callable[..., ModelParams],
+    make_config: Callable[..., ModelConfig],
 ) -> None:
-    save_model(make_model(vocab_size=61), make_model_params(), 61, tmp_path)
+    save_model(make_model(vocab_size=61), make_config(), tmp_path)
     code, text, report = run_infer("-p", "a", "--model", str(tmp_path))
     assert (code, text) == (2, "")
     assert report == f"error: {tmp_path} has a vocabulary of 61, not GPT-2's 50257\n"
@@ -253,6 +253,12 @@ def test_quantize_is_for_the_text(run_infer: Infer, monkeypatch: pytest.MonkeyPa
     assert given == ["int8", "none"]
 
 
+def test_int8_takes_the_cpu_where_there_is_a_gpu(run_infer: Infer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    code, _, report = run_infer("--prompt", "a", "--max_tokens", "1", "--quantize", "int8")
+    assert code == 0 and "on cpu" in report
+
+
 def test_score_is_the_plain_cross_entropy(
     run_infer: Infer, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,11 +334,11 @@ def test_ruined_weights_have_no_score(
     run_infer: Infer,
     tmp_path: Path,
     make_model: Callable[..., GPT2Model],
-    make_model_params: Callable[..., ModelParams],
+    make_config: Callable[..., ModelConfig],
 ) -> None:
     model = make_model(vocab_size=tokenizer.VOCAB_SIZE)
     torch.nn.init.constant_(model.layer_norm.weight, math.nan)
-    save_model(model, make_model_params(), tokenizer.VOCAB_SIZE, tmp_path)
+    save_model(model, make_config(vocab_size=tokenizer.VOCAB_SIZE), tmp_path)
     code, text, report = run_infer("--score", "-", "--model", str(tmp_path), stdin="a")
     assert (code, text) == (2, "") and report.endswith(
         "error: the model's weights are ruined: the loss is not finite\n"

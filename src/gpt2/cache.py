@@ -10,22 +10,21 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """What the layers keep of B texts. `begin` or `go_on` says where the tokens stand that the model is given next."""
+    """What the layers keep of B texts. `prefill` or `step` says where the tokens stand that the model is given next."""
 
-    def __init__(
-        self, *, n_layers: int, rows: int, n_heads: int, max_len: int, head_size: int, device: torch.device
-    ) -> None:
-        self._memory = torch.zeros(n_layers, 2, rows, n_heads, max_len, head_size, device=device)
+    def __init__(self, memory: Tensor) -> None:
+        """`memory` is (layers, 2, B, H, L, D) of zeros, where the model is."""
+        self._memory = memory
         self.positions = torch.empty(0)  # of the next tokens: (T,), or one for each row (R, 1)
         self._rows = torch.empty(0)  # (R,)
-        self._mask: Tensor | None = None  # (R, 1, 1, S), what is added to the scores; None at a beginning
+        self._mask: Tensor | None = None  # (R, 1, 1, S), what is added to the scores; None in a prefill
 
-    def begin(self, rows: Tensor, length: int) -> None:
+    def prefill(self, rows: Tensor, length: int) -> None:
         """The next tokens (R, T) begin the texts in these rows (R,), in place of what was there; T is `length`."""
         self._rows, self._mask = rows, None
         self.positions = torch.arange(length, device=rows.device)
 
-    def go_on(self, positions: Tensor, used: int) -> None:
+    def step(self, positions: Tensor, used: int) -> None:
         """The next tokens (R, 1) stand at positions (R,) of the first R rows, all of them below `used`, S."""
         self._rows, self.positions = torch.arange(len(positions), device=positions.device), positions[:, None]
         later = torch.arange(used, device=positions.device) > self.positions

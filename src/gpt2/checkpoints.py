@@ -48,7 +48,7 @@ class Checkpoints:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model, optimizers).items()}
         try:
             save_tensors(tensors, written, {NOTES: json.dumps(notes)})
-            publish(written, self.folder / f"{step:08}-{sha256_of(written)}.safetensors")
+            publish(written, self.folder / f"{step:010}-{sha256_of(written)}.safetensors")
         except OSError as error:
             delete(written)
             raise OSError(f"the state of step {step} cannot be saved ({error}); {self.last()}") from None

@@ -34,8 +34,6 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
-        sys.exit(fail(error))
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
@@ -43,14 +41,14 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader, e.g. `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
+    except (UserError, OSError) as error:
         sys.exit(fail(error))
     except MemoryError:
-        sys.exit(fail(UserError("there is not enough memory")))
+        sys.exit(fail("there is not enough memory"))
     except RuntimeError as error:
         if "allocate" not in str(error) and "out of memory" not in str(error):  # PyTorch's words for no memory
             raise
-        sys.exit(fail(UserError(f"there is not enough memory: {str(error).splitlines()[0]}")))
+        sys.exit(fail(f"there is not enough memory: {str(error).splitlines()[0]}"))
 
 
 @contextmanager
@@ -78,7 +76,7 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         restore()
 
 
-def fail(error: Exception) -> int:
+def fail(message: object) -> int:
     """Print an error as one line and return the exit code for it."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     return 2

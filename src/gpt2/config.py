@@ -17,6 +17,13 @@ MOST = 2**31  # all counts are below it
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
+def _source(name: str) -> str:
+    parts = Path(name).parts
+    if name != "sotu" and (parts[:2] != ("data", "raw") or ".." in parts):
+        raise ValueError("should be sotu or lie below data/raw, where DVC sees changes")
+    return name
+
+
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise ValueError("should be auto, cpu, mps, cuda or cuda:N")
@@ -61,11 +68,11 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 class Section(BaseModel):
     """What all sections share: no unknown keys, no silent conversions, no changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class PrepareParams(Section):
-    source: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, AfterValidator(_source)]
     val_fraction: Fraction
     test_fraction: Fraction
 
@@ -178,9 +185,8 @@ def find_conflicts(raw: Any) -> list[str]:
         return values if all(isinstance(value, int | float) and 0 < value < MOST for value in values) else ()
 
     conflicts = []
-    for divided, divisor in (("model.d_model", "model.n_heads"), ("train.batch_size", "train.micro_batch_size")):
-        if (pair := numbers(divided, divisor)) and pair[0] % pair[1]:
-            conflicts.append(f"{divided} {pair[0]} is not a multiple of {divisor} {pair[1]}")
+    if (pair := numbers("model.d_model", "model.n_heads")) and pair[0] % pair[1]:
+        conflicts.append(f"model.d_model {pair[0]} is not a multiple of model.n_heads {pair[1]}")
     for name in ("train.sequence_length", "evaluate.stride"):
         if (pair := numbers(name, "model.max_len")) and pair[0] > pair[1]:
             conflicts.append(f"{name} {pair[0]} is more than model.max_len {pair[1]}")
@@ -206,14 +212,6 @@ def check(model: type[AnyModel], raw: Any, where: str, conflicts: Sequence[str] 
     if problems or conflicts:
         raise UserError(f"{where}: {'; '.join([*problems, *conflicts])}")
     return checked
-
-
-def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested sections into one level: {"train": {"seed": 1}} becomes {"train.seed": 1}; lists stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _describe(model: type[BaseModel], problem: Any) -> str:

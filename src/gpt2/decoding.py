@@ -21,6 +21,7 @@ from gpt2.quantization import Map, Shortlist, int8_linear
 
 Quantization = Literal["none", "int8"]
 SHORTLIST_AFTER = 128  # steps; to make it takes as long as it saves on some 200
+EXACT_ENGINES = ("x86", "fbgemm", "onednn")  # of PyTorch's int8 products, that round x as Shortlist's bound supposes
 
 
 class Decoder:
@@ -30,82 +31,78 @@ class Decoder:
     """
 
     def __init__(self, model: GPT2Model, rows: int, quantization: Quantization = "none") -> None:
-        self.rows, self._max_len = rows, model.max_len
+        self.rows, self._model = rows, model
         self._device = model.output_projection.weight.device
         if quantization == "int8":
             if self._device.type != "cpu":
-                raise UserError(f"int8 weights are for the CPU, not {self._device.type}")
+                raise UserError(f"int8 weights are for the CPU (device cpu), not {self._device.type}")
+            if torch.backends.quantized.engine == "none":
+                raise UserError("int8 weights are not for this machine: its PyTorch has no products for them")
             for name, weight in model.named_parameters():
                 if not weight.sum().isfinite():
                     raise UserError(f"the model's weights are ruined: {name} is not finite")
-        self._embed, self._embed_position = model.token_embedding, model.position_embedding
         self._blocks = [
             _Block(block, quantization) for block in model.transformer_blocks if isinstance(block, TransformerBlock)
         ]
-        self._layer_norm = model.layer_norm
-        self._head = model.output_projection.weight
-        self.project = fast_linear(self._head, quantization=quantization)
-        self._may_shortlist = quantization == "none" and self._device.type == "cpu"
-        self._steps = 0
-        n_heads, width = self._blocks[0].n_heads, model.token_embedding.embedding_dim
-        self._cache = KeyValueCache(
-            n_layers=len(self._blocks),
-            rows=rows,
-            n_heads=n_heads,
-            max_len=self._max_len,
-            head_size=width // n_heads,
-            device=self._device,
+        self.project = fast_linear(model.output_projection.weight, quantization=quantization)
+        self._may_shortlist = (
+            quantization == "none" and self._device.type == "cpu" and torch.backends.quantized.engine in EXACT_ENGINES
         )
+        self._steps = 0
+        n_heads = self._blocks[0].n_heads
+        head_size = model.token_embedding.embedding_dim // n_heads
+        shape = (len(self._blocks), 2, rows, n_heads, model.max_len, head_size)
+        self._cache = KeyValueCache(torch.zeros(shape, device=self._device))
         self._replay = self._record() if self._device.type == "cuda" else None
 
     @torch.inference_mode()
-    def begin(self, texts: dict[int, list[int]]) -> Tensor:
+    def prefill(self, texts: dict[int, list[int]]) -> Tensor:
         """Put texts of token ids, by row, in place of what the rows held; return the logits after them (R, V)."""
-        features = self.read(texts)
+        features = self.prefill_features(texts)
         return self.project(features[range(len(texts)), [len(text) - 1 for text in texts.values()]])
 
     @torch.inference_mode()
-    def read(self, texts: dict[int, list[int]]) -> Tensor:
-        """Do what `begin` does; return what the logits of all positions (R, T, C) are projected from."""
+    def prefill_features(self, texts: dict[int, list[int]]) -> Tensor:
+        """Do what `prefill` does; return what the logits of all positions are projected from (R, T, C)."""
         longest = max(map(len, texts.values()))
         tokens = torch.zeros(len(texts), longest, dtype=torch.long)  # (R, T); what follows a text, none looks at
         for row, text in zip(tokens, texts.values(), strict=True):
             row[: len(text)] = torch.tensor(text)
-        self._cache.begin(torch.tensor(list(texts), device=self._device), longest)
+        self._cache.prefill(torch.tensor(list(texts), device=self._device), longest)
         return self._features(tokens.to(self._device))
 
     @torch.inference_mode()
-    def go_on(self, tokens: Sequence[int], positions: Sequence[int], wanted: int | None = None) -> Tensor:
+    def step(self, tokens: Sequence[int], positions: Sequence[int], wanted: int | None = None) -> Tensor:
         """Put a token behind each text of the first rows, at these positions; return the logits after it (R, V).
 
         If only so many of the largest are wanted, others may be -inf.
         """
         if self._replay:
             return self._replay(torch.tensor(tokens), torch.tensor(positions))
-        new, places = (torch.tensor(numbers, device=self._device) for numbers in (tokens, positions))
+        new, new_positions = (torch.tensor(numbers, device=self._device) for numbers in (tokens, positions))
         self._steps += 1
         shortlisted = self._may_shortlist and self._steps > SHORTLIST_AFTER
-        return self._step(new, places, max(positions) + 1, wanted if shortlisted else None)
+        return self._forward(new, new_positions, max(positions) + 1, wanted if shortlisted else None)
 
     def move(self, source: int, target: int) -> None:
         """Put the text of one row in another's place."""
         self._cache.move(source, target)
 
-    def _step(self, tokens: Tensor, positions: Tensor, used: int, wanted: int | None = None) -> Tensor:
-        self._cache.go_on(positions, used)
+    def _forward(self, tokens: Tensor, positions: Tensor, used: int, wanted: int | None = None) -> Tensor:
+        self._cache.step(positions, used)
         features = self._features(tokens[:, None])[:, 0]
         return self.project(features) if wanted is None else self._shortlist(features, wanted)
 
     @cached_property
     def _shortlist(self) -> Shortlist:
-        return Shortlist(self._head, self.project)
+        return Shortlist(self._model.output_projection.weight, self.project)
 
     def _features(self, tokens: Tensor) -> Tensor:
         """Map token ids (R, T) to what the output projection reads (R, T, C)."""
-        x = self._embed(tokens) + self._embed_position(self._cache.positions)
+        x = self._model.token_embedding(tokens) + self._model.position_embedding(self._cache.positions)
         for layer, block in enumerate(self._blocks):
             x = block(x, partial(self._cache.attention, layer))
-        return self._layer_norm(x)
+        return self._model.layer_norm(x)
 
     @torch.inference_mode()
     def _record(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -114,11 +111,11 @@ class Decoder:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            self._step(tokens, positions, self._max_len)  # loads what must not be loaded while recording
+            self._forward(tokens, positions, self._model.max_len)  # loads what must not be loaded while recording
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            logits = self._step(tokens, positions, self._max_len)
+            logits = self._forward(tokens, positions, self._model.max_len)
 
         def replay(new_tokens: Tensor, new_positions: Tensor) -> Tensor:
             tokens[: len(new_tokens)] = new_tokens.to(self._device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt2.batches import Tokens
+from gpt2.cli import UserError
 from gpt2.loss import perplexity, token_cross_entropy
 from gpt2.model import GPT2Model
 from gpt2.tokenizer import END_OF_TEXT_ID
@@ -49,9 +50,9 @@ def token_losses(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int)
         for i in range(0, len(starts), batch_size):
             positions = torch.tensor(starts[i : i + batch_size])[:, None] + torch.arange(length)  # (B, T)
             features = model.features(inputs[positions].to(device))[:, -scored:]  # (B, S, C)
-            places = positions[:, -scored:].flatten()
-            found = token_cross_entropy(features.flatten(0, 1), weight, targets[places].to(device))
-            losses[places] = found.float().cpu()
+            scored_at = positions[:, -scored:].flatten()
+            found = token_cross_entropy(features.flatten(0, 1), weight, targets[scored_at].to(device))
+            losses[scored_at] = found.float().cpu()
     return losses
 
 
@@ -66,8 +67,10 @@ def predict(model: GPT2Model, tokens: Tokens, index: int, stride: int) -> Tensor
 
 
 def summarize(losses: Tensor, text_bytes: int) -> dict[str, float]:
-    """Return what the losses (N,) in nats of a text of so many bytes come to."""
+    """Return what the losses (N,) in nats of a text of so many bytes come to. Raises UserError if one is not finite."""
     loss = losses.double().mean().item()
+    if not math.isfinite(loss):
+        raise UserError("the model's weights are ruined: the loss is not finite")
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
@@ -77,7 +80,7 @@ def summarize(losses: Tensor, text_bytes: int) -> dict[str, float]:
     }
 
 
-def describe(summary: dict[str, float]) -> str:
+def format_summary(summary: dict[str, float]) -> str:
     """Return the figures of `summarize` as evaluate and infer print them."""
     return "loss {loss:.4f}, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits per byte".format_map(summary)
 

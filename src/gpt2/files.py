@@ -81,7 +81,6 @@ def exclusive(path: Path, busy: str) -> Iterator[None]:
 
     Raises OSError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)

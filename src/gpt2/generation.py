@@ -94,21 +94,21 @@ class Writer:
 
     def _next_logits(self, rows: list[Text]) -> Tensor:
         """Return the logits (R, V) of the next token of each text, on the CPU."""
-        new = {}
+        new, positions = {}, [0] * len(rows)
         for row, text in enumerate(rows):
             if text.seen_from is None:
                 text.seen_from = max(0, len(text.tokens) - self.max_len)
             elif len(text.tokens) - text.seen_from > self.max_len:
                 text.seen_from = len(text.tokens) - max(1, self.max_len // 2)
             else:
+                positions[row] = len(text.tokens) - text.seen_from - 1
                 continue
             new[row] = text.tokens[text.seen_from :]
         if len(new) == len(rows):
-            return self._decoder.begin(new).cpu()
-        positions = [0 if row in new else len(text.tokens) - (text.seen_from or 0) - 1 for row, text in enumerate(rows)]
+            return self._decoder.prefill(new).cpu()
         wanted = logits_wanted((text.settings, len(text.tokens)) for text in rows)
-        logits = self._decoder.go_on([text.tokens[-1] for text in rows], positions, wanted).cpu()
-        return logits.index_copy(0, torch.tensor(list(new)), self._decoder.begin(new).cpu()) if new else logits
+        logits = self._decoder.step([text.tokens[-1] for text in rows], positions, wanted).cpu()
+        return logits.index_copy(0, torch.tensor(list(new)), self._decoder.prefill(new).cpu()) if new else logits
 
 
 def write_all(model: GPT2Model, texts: Iterable[Text]) -> list[str]:

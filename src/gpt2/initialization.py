@@ -4,8 +4,8 @@ What follows what in the training text fills the embeddings: the matrix of each 
 back-off (Kneser & Ney 1995) is factored, as word embeddings factor that of pointwise mutual information (Levy &
 Goldberg 2014); one side becomes the token embedding, the other the output projection. Then both are fitted to
 Kneser-Ney's probabilities, where one row of logits learns from all that ever followed a token, and not from a single
-place of the text. The first block's heads look one, two, three ... tokens back (look_back.py). All else in the blocks
-has no part in the residual stream yet (Zhang et al. 2019, "Fixup").
+place of the text. The first block's heads look one, two, three ... tokens back (previous_token_heads.py). All else in
+the blocks has no part in the residual stream yet (Zhang et al. 2019, "Fixup").
 
 Shapes: N tokens of the text, M different ones among them, P different pairs, K rank, S tokens of a step of the fit,
 L dimensions for positions, C d_model, V vocabulary.
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.batches import Tokens
-from gpt2.look_back import add_what_is_seen, look_back, place_waves, sparse_matrix, with_ridge
 from gpt2.model import GPT2Model, TransformerBlock
+from gpt2.previous_token_heads import add_what_is_seen, look_back, position_waves, sparse_matrix, with_ridge
 
 COUNTED_TOKENS = 50_000_000  # sorting the pairs takes some 50 bytes for each
 DISCOUNT = 0.75  # of each count, in favour of pairs that never occurred
@@ -31,7 +31,7 @@ RIDGE = 1e-3
 FIT_STEPS, FIT_TOKENS = 60, 1024
 BEFORE_RATE, AFTER_RATE, WARMUP_STEPS = 0.01, 0.1, 5  # of Adam's; the rates fall to zero
 POSITION_SHARE = 6  # one dimension in so many is for positions
-SPARED = 2  # dimensions: the mean's, which layer norm takes away, and the frequencies'
+SPARED = 2  # dimensions: the mean's, which layer norm takes away, and the unigrams'
 
 
 @torch.no_grad()
@@ -43,58 +43,59 @@ def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
     vocab_size, width = model.output_projection.weight.shape
     seen, text = torch.unique(torch.from_numpy(tokens[:COUNTED_TOKENS].astype(np.int64)), return_inverse=True)
     bigrams = count_bigrams(text, len(seen))
-    blocks = [block for block in model.modules() if isinstance(block, TransformerBlock)]
+    blocks = [block for block in model.transformer_blocks if isinstance(block, TransformerBlock)]
     head_size = width // blocks[0].attention.n_heads
-    places = min(width // POSITION_SHARE, head_size) // 2 * 2  # L
-    rank = min(width - SPARED - places, len(seen))
-    before, after, seen_log_frequencies = _fit(bigrams, *_factors(bigrams, rank))
-    log_frequencies = torch.full((vocab_size,), math.log(UNSEEN))
-    log_frequencies[seen] = seen_log_frequencies
+    position_dims = min(width // POSITION_SHARE, head_size) // 2 * 2  # L
+    rank = min(width - SPARED - position_dims, len(seen))
+    before, after, seen_log_counts = _fit(bigrams, *_factors(bigrams, rank))
+    log_counts = torch.full((vocab_size,), math.log(UNSEEN))
+    log_counts[seen] = seen_log_counts
 
     # An orthonormal basis of the residual stream, whose first direction is the mean's.
     basis = torch.linalg.qr(torch.cat([torch.ones(width, 1), torch.randn(width, width - 1)], 1)).Q.T  # (C, C)
-    frequency_axis, place_axes, token_axes = basis[1], basis[SPARED:][:places], basis[SPARED + places :][:rank]
-    token_size = math.sqrt(width - places)  # together with a position's the length that layer norm gives, sqrt(C)
+    unigram_axis, position_axes = basis[1], basis[SPARED:][:position_dims]
+    token_axes = basis[SPARED + position_dims :][:rank]
+    token_size = math.sqrt(width - position_dims)  # with a position's the length that layer norm gives, sqrt(C)
     embedding = F.normalize(torch.randn(vocab_size, rank), dim=1)
     embedding[seen] = before
     embedding = token_size * embedding @ token_axes
     model.token_embedding.weight.copy_(embedding)
-    projection = log_frequencies.sub(log_frequencies.mean())[:, None] * frequency_axis / math.sqrt(width)
+    projection = log_counts.sub(log_counts.mean())[:, None] * unigram_axis / math.sqrt(width)
     projection[seen] += after @ token_axes / token_size
     model.output_projection.weight.copy_(projection)
-    bias = frequency_axis * math.sqrt(width)
+    bias = unigram_axis * math.sqrt(width)
     model.layer_norm.bias.copy_(bias)
     for block in blocks:
         block.attention.w_o.weight.zero_()
         block.feed_forward.linear2.weight.zero_()
-    if places:
-        model.position_embedding.weight.copy_(place_waves(places, model.max_len) @ place_axes)
-        look_back(blocks[0].attention, place_axes, model.max_len)
+    if position_dims:
+        model.position_embedding.weight.copy_(position_waves(position_dims, model.max_len) @ position_axes)
+        look_back(blocks[0].attention, position_axes, model.max_len)
         add_what_is_seen(blocks[0], text, embedding[seen], bias, projection[seen])
 
 
 @dataclass(frozen=True)
 class Bigrams:
-    """What follows what in a text: Kneser-Ney's p(second | first) = probability + backoff[first] * frequency[second].
+    """What follows what in a text, its pairs ordered by their first token.
 
-    The pairs are ordered by their first token.
+    Kneser-Ney's p(second | first) = probability + backoff[first] * continuation_probability[second].
     """
 
     first: Tensor  # (P,)
     second: Tensor  # (P,)
     probabilities: Tensor  # (P,), what the pair's own count gives
     counts: Tensor  # (M,), how often a token is followed by any
-    places: Tensor  # (M,), how many different tokens go before a token: tells how often it will come in new places
+    continuation_counts: Tensor  # (M,), how many different tokens go before a token
     backoff: Tensor  # (M,)
 
     @property
-    def frequencies(self) -> Tensor:
-        """The probability (M,) of each token in new places."""
-        return self.places / self.places.sum()
+    def continuation_probabilities(self) -> Tensor:
+        """The probability (M,) of each token after one that it has never followed."""
+        return self.continuation_counts / self.continuation_counts.sum()
 
     def after(self, tokens: Tensor) -> Tensor:
         """Return the probabilities (S, M) of all that may follow tokens (S,)."""
-        found = self.backoff[tokens, None] * self.frequencies  # (S, M)
+        found = self.backoff[tokens, None] * self.continuation_probabilities  # (S, M)
         starts, ends = (torch.searchsorted(self.first, tokens, right=right).tolist() for right in (False, True))
         for row, start, end in zip(found, starts, ends, strict=True):
             row[self.second[start:end]] += self.probabilities[start:end]
@@ -106,9 +107,9 @@ def count_bigrams(text: Tensor, different: int) -> Bigrams:
     pairs, pair_counts = torch.unique(text[:-1] * different + text[1:], return_counts=True)  # (P,)
     first, second = pairs // different, pairs % different
     counts = torch.bincount(text[:-1], minlength=different).float().clamp(min=1)
-    places = torch.bincount(second, minlength=different).float().clamp(min=UNSEEN)
+    continuation_counts = torch.bincount(second, minlength=different).float().clamp(min=UNSEEN)
     backoff = DISCOUNT * torch.bincount(first, minlength=different) / counts
-    return Bigrams(first, second, (pair_counts - DISCOUNT) / counts[first], counts, places, backoff)
+    return Bigrams(first, second, (pair_counts - DISCOUNT) / counts[first], counts, continuation_counts, backoff)
 
 
 def _factors(bigrams: Bigrams, rank: int) -> tuple[Tensor, Tensor]:
@@ -117,7 +118,8 @@ def _factors(bigrams: Bigrams, rank: int) -> tuple[Tensor, Tensor]:
     Rows of the first have length 1, since layer norm takes their length away; the second is fitted to them.
     """
     first, second, counts = bigrams.first, bigrams.second, bigrams.counts
-    surprise = torch.log1p(bigrams.probabilities / (bigrams.backoff[first] * bigrams.frequencies[second]))  # (P,)
+    without_pair = bigrams.backoff[first] * bigrams.continuation_probabilities[second]
+    surprise = torch.log1p(bigrams.probabilities / without_pair)  # (P,)
     scaled = sparse_matrix(first, second, surprise * counts.sqrt()[first], len(counts))
     left, singular_values, _ = torch.svd_lowrank(scaled, q=rank)
     before = F.normalize(left * singular_values.sqrt(), dim=1)
@@ -129,8 +131,8 @@ def _factors(bigrams: Bigrams, rank: int) -> tuple[Tensor, Tensor]:
 
 @torch.enable_grad()
 def _fit(bigrams: Bigrams, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return factors (M, K), (M, K) and log frequencies (M,) fitted to the bigrams, from first factors."""
-    before, after, bias = (x.clone().requires_grad_() for x in (before, after, bigrams.places.log()))
+    """Return factors (M, K), (M, K) and log counts (M,) fitted to the bigrams, from first factors."""
+    before, after, bias = (x.clone().requires_grad_() for x in (before, after, bigrams.continuation_counts.log()))
     groups = [{"params": [before, bias], "rate": BEFORE_RATE}, {"params": [after], "rate": AFTER_RATE}]
     optimizer = torch.optim.Adam(groups, fused=True)
     for step in range(FIT_STEPS):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import yaml
 
 from gpt2.config import Params
 from gpt2.files import sha256_of
-from gpt2.project import ROOT
+from gpt2.project import ROOT, main_root
 
 
 def train_key(params: Params) -> str:
@@ -24,6 +25,11 @@ def train_key(params: Params) -> str:
             "torch": torch.__version__,
         }
     )
+
+
+def checkpoint_folder(params: Params) -> Path:
+    """Return the folder of the checkpoints of a training, the same for all experiments."""
+    return main_root() / ".cache" / "train" / train_key(params)
 
 
 def run_key(params: Params, train_key: str) -> str:

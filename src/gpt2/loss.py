@@ -24,8 +24,8 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, last
     """Return the mean cross-entropy () in nats of targets (N,) under the logits features (N, C) @ weight (V, C).T.
 
     Its gradients are computed at once. The last row of weight stands for `last_count` equal ones, and its gradient is
-    the sum of theirs.
-    Matrix products run in autocast's format where it is on; the softmax and the sums never below float32.
+    the sum of theirs. Matrix products run in autocast's format where it is on; the softmax and the sums never below
+    float32.
     """
     return _LinearCrossEntropy.apply(features, weight, targets, last_count)
 
@@ -39,13 +39,12 @@ def _operands(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _logits_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory for the logits (R, V) of a chunk, of which that many rows (N,) make as few as can be, alike."""
+    """Return memory for a chunk's logits (R, V): as few chunks of equal size as CHUNK_BYTES allows hold all N rows."""
     # MPS before macOS 15 writes no product into rows that are apart.
     stride = columns if device.type == "mps" else math.ceil(columns / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-    most = max(1, CHUNK_BYTES // (stride * dtype.itemsize))
-    chunks = max(1, math.ceil(rows / most))
-    chunk = max(1, math.ceil(rows / chunks))
-    memory = _memory(max(stride, CHUNK_BYTES // dtype.itemsize), dtype, device)
+    chunks = math.ceil(rows / (CHUNK_BYTES // (stride * dtype.itemsize)))
+    chunk = math.ceil(rows / chunks)
+    memory = _memory(CHUNK_BYTES // dtype.itemsize, dtype, device)
     return memory[: chunk * stride].view(chunk, stride)[:, :columns]
 
 

@@ -32,17 +32,18 @@ def build_optimizers(model: GPT2Model, params: TrainParams, precision: torch.dty
     """
     embeddings = {id(model.token_embedding.weight), id(model.position_embedding.weight)}
     blocks = {id(parameter) for parameter in model.transformer_blocks.parameters()}
-    groups: dict[str, dict[tuple[str, float], list[nn.Parameter]]] = {"adamw": {}, "muon": {}}
+    groups: dict[tuple[str, str, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         in_block, is_matrix = id(parameter) in blocks, parameter.dim() == 2 and id(parameter) not in embeddings
         optimizer = params.optimizer if in_block and is_matrix else "adamw"
         rate = "learning_rate" if in_block else "embedding_learning_rate"
-        groups[optimizer].setdefault((rate, params.weight_decay if is_matrix else 0.0), []).append(parameter)
+        groups.setdefault((optimizer, rate, params.weight_decay if is_matrix else 0.0), []).append(parameter)
 
     def of(name: str) -> list[dict[str, Any]]:
         return [
             {"params": parameters, "rate": rate, "weight_decay": weight_decay}
-            for (rate, weight_decay), parameters in groups[name].items()
+            for (optimizer, rate, weight_decay), parameters in groups.items()
+            if optimizer == name
         ]
 
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(of("adamw"), betas=BETAS, fused=True)]

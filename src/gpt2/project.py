@@ -18,9 +18,9 @@ _EXPERIMENTS = (".dvc", "tmp", "exps")
 
 
 def main_root() -> Path:
-    """Return the checkout whose MLflow store is used.
+    """Return the main checkout: this one, or the one inside which an experiment has its own for a while.
 
-    A queued or --temp experiment runs in a clone inside the main checkout, which is deleted at its end.
+    MLflow's store, data/raw and .cache are the main checkout's.
     """
     for folder in ROOT.parents:
         if folder.parts[-3:] == _EXPERIMENTS:
@@ -31,8 +31,3 @@ def main_root() -> Path:
 def experiment_name() -> str | None:
     """Return the name of the DVC experiment that runs this process, if one does."""
     return os.environ.get("DVC_EXP_NAME") or None
-
-
-def training_state(train_key: str) -> Path:
-    """Return the folder of the checkpoints of the training with this key, shared by all experiments."""
-    return main_root() / ".cache" / "train" / train_key

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
-GROUPED = 16  # rows, of whose products only the best counts where the least of the largest is sought
+GROUPED = 16  # rows: the count-th largest of the groups' maxima is a lower bound of the count-th largest of all
 
 
 def int8_linear(weight: Tensor, bias: Tensor | None = None) -> Map:

@@ -149,7 +149,7 @@ def verify(uri: str) -> str:
     return f"{folder / WEIGHTS} has the SHA-256 that was registered, {read_config(folder)[1]}"
 
 
-def describe(uri: str) -> str:
+def provenance(uri: str) -> str:
     """Return where the model behind a URI came from, and the commands that make it again. Raises UserError."""
     with _open_version(uri) as version:
         client = mlflow.MlflowClient()
@@ -179,6 +179,8 @@ def describe(uri: str) -> str:
 def reproduction(version: ModelVersion, run: Run, source: str) -> str:
     """Return the shell commands that make a version's weights again, in a clone beside the main checkout."""
     commit, _, dirty = run.data.tags.get(COMMIT, "").partition("-")
+    if not commit:
+        return "# It was made outside git, so there is no commit to make it again from."
     clone = f"../gpt2-{version.tags[MODEL_SHA256][:8]}"
     lines = [
         "# To make it again, on the same machine:",

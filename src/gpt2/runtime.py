@@ -5,6 +5,8 @@ import os
 import resource
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -14,7 +16,7 @@ from gpt2.cli import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 NEVER_TRIM = 2**31 - 1
-COMPILED_STEPS = 1000  # a step of the default model takes a GPU some hundredths of a second, compiling a minute
+COMPILED_STEPS = 10_000  # a step of the default model takes a GPU some hundredths of a second, compiling a minute
 
 
 def choose_device(name: str) -> torch.device:
@@ -47,22 +49,22 @@ def choose_compilation(setting: Literal["auto"] | bool, device: torch.device, st
     """Return whether to compile; "auto" does on a GPU, in a training long enough to win back compiling's time.
 
     On a CPU it gained nothing. It depends on all of a training's steps, so that a resumed one computes alike.
-    Raises UserError if compiling is asked for and there is no compiler; "auto" then does without.
+    Raises UserError if compiling is asked for and something for it is missing; "auto" then does without.
     """
     if setting == "auto":
-        return device.type == "cuda" and steps >= COMPILED_STEPS and _has_compiler(device)
-    if setting and not _has_compiler(device):
-        raise UserError("train.compile needs a C and C++ compiler, e.g. gcc and g++, and none is found here")
+        return device.type == "cuda" and steps >= COMPILED_STEPS and _can_compile(device)
+    if setting and not _can_compile(device):
+        raise UserError("train.compile needs a C and C++ compiler, e.g. gcc and g++, and Python's headers")
     return setting
 
 
-def _has_compiler(device: torch.device) -> bool:
-    """Tell whether the compiler is there that torch.compile calls for such a device: Triton's, or the CPU's."""
+def _can_compile(device: torch.device) -> bool:
+    """Tell whether torch.compile finds what it needs for such a device: Triton's compiler or the CPU's, and headers."""
     if device.type == "cuda":
         names = [os.environ.get("CC", "gcc"), "clang"]
     else:
         names = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
-    return any(map(shutil.which, names))
+    return any(map(shutil.which, names)) and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

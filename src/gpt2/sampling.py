@@ -13,7 +13,7 @@ from gpt2.cli import UserError
 from gpt2.config import SamplingParams
 
 GREEDY_BELOW = 1e-6  # a temperature that float32 cannot divide by is as good as 0
-LIKELIEST = 1024  # tokens that mostly hold what top_p asks for; to sort all costs as much as a token's products
+LIKELIEST = 1024  # tokens, which mostly hold top_p; sorting the whole vocabulary costs as much as a token's products
 
 
 def penalize(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:

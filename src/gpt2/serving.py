@@ -22,7 +22,7 @@ from gpt2.weights import load_model
 NONE_IF_FALSE = ("top_k", "top_p", "min_p", "stop")  # a schema knows no null; 0 and "" stand for it
 
 
-class Desk:
+class SharedWriter:
     """Lets many threads write with one model: their texts grow side by side, those that came first first."""
 
     def __init__(self, model: GPT2Model) -> None:
@@ -32,7 +32,7 @@ class Desk:
         self._arrived = threading.Event()
         threading.Thread(target=self._write, daemon=True).start()
 
-    def order(self, texts: list[Text]) -> list[Generator[str]]:
+    def submit(self, texts: list[Text]) -> list[Generator[str]]:
         """Return what each text goes on with, part by part. Reading raises what went wrong in writing.
 
         A text that is no longer read is no longer written.
@@ -58,9 +58,11 @@ class Desk:
             self._arrived.clear()
             try:
                 for text, part in self._writer.write(self._waiting):
-                    self._readers[text].put(part)
+                    reader = self._readers[text]
+                    reader.put(part)
                     if text.ended:
-                        self._readers.pop(text).put(None)
+                        del self._readers[text]
+                        reader.put(None)
             except Exception as error:  # every reader learns of it, and the next texts are tried anew
                 self._waiting.clear()
                 while self._readers:
@@ -76,38 +78,40 @@ class TextGenerator(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights once, verified."""
         model, _ = load_model(Path(context.artifacts["model"]))
-        self.desk = Desk(model)
-        logging.getLogger("mlflow.models.utils").addFilter(refuse_unknown_params)
+        self.writer = SharedWriter(model)
+        logger = logging.getLogger("mlflow.models.utils")
+        logger.setLevel(logging.WARNING)
+        logger.addFilter(refuse_unknown_params)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """Return the text that follows each prompt, one row each."""
-        texts = self._order(list(model_input["prompt"]), params)
+        texts = self._submit(list(model_input["prompt"]), params)
         return pd.DataFrame({"text": ["".join(parts) for parts in texts]})
 
     def predict_stream(
         self, context: PythonModelContext, model_input: dict[str, str], params: dict[str, Any] | None = None
     ) -> Iterator[str]:
         """Yield the text that follows one prompt, {"prompt": ...}, part by part as it is written."""
-        [parts] = self._order([model_input["prompt"]], params)
+        [parts] = self._submit([model_input["prompt"]], params)
         yield from parts
 
-    def _order(self, prompts: list[str], params: dict[str, Any] | None) -> list[Generator[str]]:
+    def _submit(self, prompts: list[str], params: dict[str, Any] | None) -> list[Generator[str]]:
         given = {name: (value or None) if name in NONE_IF_FALSE else value for name, value in (params or {}).items()}
         try:
             if not all(isinstance(prompt, str) for prompt in prompts):
                 raise UserError("a prompt is no text")
             settings = check(GenerationSettings, {"seed": 0, **given}, "params")
-            return self.desk.order([Text(prompt, settings) for prompt in prompts])
+            return self.writer.submit([Text(prompt, settings) for prompt in prompts])
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 
 
 def refuse_unknown_params(record: logging.LogRecord) -> bool:
-    """Raise MlflowException for the warning with which MLflow would pass over params that the signature lacks."""
+    """Raise MlflowException for the warning with which MLflow would pass over params that this signature lacks."""
     message = record.getMessage()
-    if "Unrecognized params" in message:
+    if "Unrecognized params" in message and all(f"'{name}'" in message for name in GenerationSettings.model_fields):
         told = message.replace(" are ignored for inference", "").partition(" To enable them")[0]
         raise MlflowException.invalid_parameter_value(told)
     return True

@@ -15,9 +15,7 @@ from gpt2.batches import Tokens
 Texts = Sequence[Sequence[int]]
 Ngram = tuple[int, ...]
 
-CHUNK = 2**18  # tokens of the corpus looked at at once; their hashes fit a processor's cache
-HASH_BITS = 20  # the table of hashes fits a cache, too; larger ones are several times slower
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits in no order
+CHUNK = 2**18  # tokens of the corpus looked at at once
 
 
 def measure(texts: Texts, training: Tokens) -> dict[str, float]:
@@ -61,35 +59,25 @@ def copied(texts: Texts, corpus: Tokens, n: int, chunk: int = CHUNK) -> float:
 def _find(sought: set[Ngram], corpus: Tokens, n: int, chunk: int) -> set[Ngram]:
     """Return those of the n-grams that the corpus (N,) holds.
 
-    A table of hashes rules out nearly all places at array speed; the n-grams at the others are compared themselves.
+    Their first and last tokens rule out nearly all places at array speed; at the others they are compared themselves.
     """
-    missing, table = sought, _hash_table(sought, n)
+    found: set[Ngram] = set()
+    grams = np.array(list(sought), dtype=np.uint16).reshape(-1, n)
     for start in range(0, len(corpus) - n + 1, chunk):
-        if not missing:
-            break
-        windows = sliding_window_view(np.asarray(corpus[start : start + chunk + n - 1]), n)  # (S, n)
-        candidates = windows[table[_hashes(windows)]]
-        if found := missing.intersection(map(tuple, candidates.tolist())):
-            missing = missing - found
-            table = _hash_table(missing, n)  # what is frequent in the corpus is a candidate in one chunk only
-    return sought - missing
+        likely = sliding_window_view(np.asarray(corpus[start : start + chunk + n - 1]), n)  # (S, n)
+        for end in (slice(4), slice(-4, None)):
+            likely = likely[np.isin(_packed(likely[:, end]), _packed(grams[:, end]))]
+        found |= sought.intersection(map(tuple, likely.tolist()))
+    return found
 
 
-def _hash_table(grams: set[Ngram], n: int) -> NDArray[np.bool_]:
-    """Return for each hash (2^HASH_BITS,) whether an n-gram has it."""
-    table = np.zeros(2**HASH_BITS, dtype=np.bool_)
-    table[_hashes(np.array(list(grams), dtype=np.uint16).reshape(-1, n))] = True
-    return table
-
-
-def _hashes(grams: Tokens) -> NDArray[np.uint64]:
-    """Return the hashes (G,) of n-grams (G, n): the high bits of a polynomial, on which all tokens bear."""
-    hashes = np.zeros(len(grams), dtype=np.uint64)
+def _packed(grams: Tokens) -> NDArray[np.uint64]:
+    """Return n-grams of at most four tokens (G, n) as one number each (G,)."""
+    numbers = np.zeros(len(grams), dtype=np.uint64)
     for column in grams.T:
-        hashes += column
-        hashes *= MULTIPLIER
-    hashes >>= np.uint64(64 - HASH_BITS)
-    return hashes
+        numbers <<= np.uint64(16)
+        numbers |= column
+    return numbers
 
 
 def _all_ngrams(texts: Texts, n: int) -> list[Ngram]:

@@ -90,6 +90,7 @@ class TextStream:
         if found:
             self.stopped = True
             return before
-        held = next(n for n in range(len(self._stop) - 1, -1, -1) if text.endswith(self._stop[:n]))
+        longest = min(len(self._stop) - 1, len(text))
+        held = next(n for n in range(longest, -1, -1) if text.endswith(self._stop[:n]))
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

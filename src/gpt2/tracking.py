@@ -32,11 +32,11 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from sqlalchemy.exc import SQLAlchemyError
 
 from gpt2.cli import UserError
-from gpt2.config import Params, flatten
+from gpt2.config import Params
 from gpt2.curves import LogMetrics, read_curves
-from gpt2.database import ARTIFACTS, check_database, database_uri, make_paths_relative
 from gpt2.files import read_json, sha256_of
 from gpt2.lineage import git_commit, hash_of, run_key, train_key
+from gpt2.mlflow_database import ARTIFACTS, check_database, database_uri, make_paths_relative
 from gpt2.project import METRICS, PARAMS, PLOTS, RECEIPT, ROOT, SAMPLES, TOKENS, experiment_name, main_root
 from gpt2.runtime import choose_device
 
@@ -52,13 +52,9 @@ MODEL_SHA256 = "gpt2.model_sha256"
 EXPERIMENT_NAME, COMMIT, ENVIRONMENT = "dvc.experiment", "mlflow.source.git.commit", "gpt2.environment"
 
 
-@contextlib.contextmanager
-def store_lock() -> Iterator[None]:
-    """Keep other processes of this checkout and its experiments from changing the store's structure meanwhile."""
-    path = main_root() / ".cache" / "mlflow.lock"
-    path.parent.mkdir(exist_ok=True)
-    with FileLock(path):
-        yield
+def store_lock() -> FileLock:
+    """Return the lock that keeps others of this checkout and its experiments from changing the store's structure."""
+    return FileLock(main_root() / ".cache" / "mlflow.lock")
 
 
 @contextlib.contextmanager
@@ -285,6 +281,14 @@ def _environment(device: torch.device) -> str:
 def _shown_params(params: Params) -> dict[str, str]:
     flat = flatten(params.model_dump(by_alias=True, exclude_none=True))
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in flat.items()}
+
+
+def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested sections into one level: {"train": {"seed": 1}} becomes {"train.seed": 1}; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _final_metrics() -> dict[str, float]:

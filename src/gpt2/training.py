@@ -1,6 +1,6 @@
 """The training loop. It knows batches, a loss, checkpoints and a place to log to; not attention, files or MLflow.
 
-Shapes: B batch, T positions, V vocabulary.
+Shapes: B batch, T positions.
 """
 
 import math
@@ -17,27 +17,27 @@ from tqdm import tqdm
 from gpt2.batches import Tokens, TrainingBatches, validation_batches
 from gpt2.checkpoints import Checkpoints
 from gpt2.cli import Stopped, UserError, stop_requests
-from gpt2.config import ModelParams, TrainParams
+from gpt2.config import ModelConfig, TrainParams
 from gpt2.curves import History, LogMetrics
 from gpt2.initialization import start_from_bigrams
 from gpt2.loss import linear_cross_entropy, perplexity, token_cross_entropy
 from gpt2.model import GPT2Model
 from gpt2.optimization import build_optimizers, schedule, set_learning_rates
 from gpt2.runtime import autocast, check_memory, choose_compilation, choose_device, choose_precision, peak_memory_bytes
-from gpt2.vocabulary import TextVocabulary
+from gpt2.text_vocabulary import TextVocabulary
 
 
-def build_model(shape: ModelParams, params: TrainParams, vocab_size: int) -> GPT2Model:
+def build_model(config: ModelConfig, params: TrainParams) -> GPT2Model:
     """Return the model before its first step. Raises UserError if its training cannot fit into memory."""
     with torch.device("meta"):
-        parameters = GPT2Model(vocab_size=vocab_size, **shape.model_dump()).count_parameters()
+        parameters = GPT2Model(**config.model_dump()).count_parameters()
     weights_bytes = parameters * 4 * 3  # with gradients and the least that an optimizer keeps
-    micro_batch_tokens = params.micro_batch_size * params.sequence_length
-    activations_bytes = micro_batch_tokens * shape.d_model * shape.n_layers * 4
+    micro_batch_tokens = min(params.micro_batch_size, params.batch_size) * params.sequence_length
+    activations_bytes = micro_batch_tokens * config.d_model * config.n_layers * 4
     batch_bytes = params.batch_size * params.sequence_length * 8 * 2
     check_memory(weights_bytes + activations_bytes + batch_bytes, choose_device(params.device))
     torch.manual_seed(params.seed)
-    return GPT2Model(vocab_size=vocab_size, **shape.model_dump())
+    return GPT2Model(**config.model_dump())
 
 
 def train(
@@ -214,7 +214,7 @@ def mean_loss(model: GPT2Model, batches: Iterable[tuple[Tensor, Tensor]], device
 
 
 class Meter:
-    """Mean loss and tokens per second since the last reading, and over all; time spent paused does not count."""
+    """Mean loss since the last reading; tokens per second since then, and over all. Pauses do not count."""
 
     def __init__(self, batch_tokens: int) -> None:
         self.batch_tokens = batch_tokens

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gpt2.cli import UserError
-from gpt2.config import ModelConfig, ModelParams, check
+from gpt2.config import ModelConfig, check
 from gpt2.files import read_json, replacing, sha256_of, write_json
 from gpt2.model import GPT2Model
 
@@ -26,20 +26,19 @@ LATER_NAMES = (
 )
 
 
-def save_model(model: GPT2Model, params: ModelParams, vocab_size: int, folder: Path) -> str:
+def save_model(model: GPT2Model, config: ModelConfig, folder: Path) -> str:
     """Write a model folder in place of the present one; return the weights' SHA-256.
 
     The same weights give the same bytes. Tied weights are written once, as token_embedding. Raises OSError.
     """
     state = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
-    if params.tie_weights:
+    if config.tie_weights:
         del state["output_projection.weight"]
     with replacing(folder) as partial:
         partial.mkdir()
         save_tensors(state, partial / WEIGHTS)
         digest = sha256_of(partial / WEIGHTS)
-        config = {**params.model_dump(), "vocab_size": vocab_size}
-        write_json(partial / CONFIG, {"model": config, "model_sha256": digest})
+        write_json(partial / CONFIG, {"model": config.model_dump(), "model_sha256": digest})
     return digest
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from peers import ROOT, print_circumstances, transformers_model
+from peers import ROOT, model_config, print_circumstances, transformers_model
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -52,11 +52,10 @@ def ours(texts: int, greedy: bool, contender: str) -> Callable[[], object]:
     # As in infer.py, gpt2 is imported before torch: it sets how torch's threads wait.
     from gpt2.config import load_params
     from gpt2.generation import GenerationSettings, Text, Writer
-    from gpt2.tokenizer import VOCAB_SIZE
     from gpt2.training import build_model
 
     params = load_params(ROOT / "params.yaml")
-    model = build_model(params.model, params.train, VOCAB_SIZE).eval()
+    model = build_model(model_config(params), params.train).eval()
     writer = Writer(model, texts, "int8" if "int8" in contender else "none")
     settings = GenerationSettings(max_tokens=TOKENS)
     settings = settings.model_copy(update={"temperature": 0.0}) if greedy else settings
@@ -76,7 +75,7 @@ def transformers(texts: int, greedy: bool) -> Callable[[], object]:
     from gpt2.tokenizer import VOCAB_SIZE, encode
 
     params, settings = load_params(ROOT / "params.yaml"), GenerationSettings()
-    model: Any = transformers_model(params.model, VOCAB_SIZE, params.train.seed).eval()
+    model: Any = transformers_model(params).eval()
     prompt = torch.tensor([encode(PROMPT)] * texts)
     sampling = {"do_sample": not greedy} | (
         {} if greedy else {"temperature": settings.temperature, "top_k": settings.top_k}
@@ -141,7 +140,7 @@ def int8_cost() -> None:
         decoder, losses = Decoder(model, 1, kind), []
         for inputs, targets in validation_batches(tokens, 1, config.max_len):
             with torch.inference_mode():
-                logits = decoder.project(decoder.read({0: inputs[0].tolist()})[0])
+                logits = decoder.project(decoder.prefill_features({0: inputs[0].tolist()})[0])
                 losses.append(float(cross_entropy(logits, targets[0])))
         found.append(math.exp(statistics.fmean(losses)))
         print(f"{kind:5} perplexity {found[-1]:.3f}", flush=True)

@@ -13,18 +13,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from gpt2.config import ModelParams
+    from gpt2.config import ModelConfig, Params
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def transformers_model(shape: ModelParams, vocab_size: int, seed: int, **changes: Any) -> nn.Module:
-    """Return transformers' GPT2LMHeadModel of that shape, tied if it is, with random weights."""
+def model_config(params: Params) -> ModelConfig:
+    """Return the configuration of the model that the pipeline trains."""
+    from gpt2.config import ModelConfig
+    from gpt2.tokenizer import VOCAB_SIZE
+
+    return ModelConfig(**params.model.model_dump(), vocab_size=VOCAB_SIZE)
+
+
+def transformers_model(params: Params, **changes: Any) -> nn.Module:
+    """Return transformers' GPT2LMHeadModel of the same shape, tied if it is, with random weights."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    shape = model_config(params)
     config = GPT2Config(
-        vocab_size=vocab_size,
+        vocab_size=shape.vocab_size,
         n_positions=shape.max_len,
         n_embd=shape.d_model,
         n_layer=shape.n_layers,
@@ -36,7 +45,7 @@ def transformers_model(shape: ModelParams, vocab_size: int, seed: int, **changes
         tie_word_embeddings=shape.tie_weights,
         **changes,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(params.train.seed)
     model: nn.Module = GPT2LMHeadModel(config)
     return model
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from peers import ROOT, print_circumstances, transformers_model
+from peers import ROOT, model_config, print_circumstances, transformers_model
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -44,9 +44,9 @@ from gpt2.runtime import (
     peak_memory_bytes,
     use_threads,
 )
+from gpt2.text_vocabulary import TextVocabulary
 from gpt2.tokenizer import VOCAB_SIZE
 from gpt2.training import build_model, train
-from gpt2.vocabulary import TextVocabulary
 
 PEER_TOKENS, PEER_RATE, PEER_WARMUP = 600_000, 6e-4, 10
 Step = Callable[[int], object]
@@ -59,7 +59,7 @@ class Enough(Exception):  # noqa: N818  # no error
 def ours(params: Params, tokens: dict[str, Tokens], log: Callable[[int, dict[str, float]], None]) -> None:
     """Train as the stage does; the log ends it early by raising Enough."""
     keep_freed_memory()
-    model = build_model(params.model, params.train, VOCAB_SIZE)
+    model = build_model(model_config(params), params.train)
     with TemporaryDirectory() as folder:
         train(model, tokens["train"], tokens["val"], params.train, Checkpoints(Path(folder)), log)
 
@@ -93,12 +93,12 @@ def plain(
 
 
 def plain_loop(params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype) -> Step:
-    model = build_model(params.model, params.train, VOCAB_SIZE).to(device).train()
+    model = build_model(model_config(params), params.train).to(device).train()
     return plain(model, model, params, batches, device, precision)
 
 
 def transformers(params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype) -> Step:
-    model = transformers_model(params.model, VOCAB_SIZE, params.train.seed, use_cache=False).to(device).train()
+    model = transformers_model(params, use_cache=False).to(device).train()
     return plain(model, lambda tokens: model(tokens).logits, params, batches, device, precision)
 
 
@@ -238,7 +238,7 @@ def time_to_loss(precision_name: str) -> None:
     batches = TrainingBatches(tokens["train"], setting.batch_size, setting.sequence_length, setting.seed)
     steps = round(PEER_TOKENS / (setting.batch_size * setting.sequence_length))
     began = time.perf_counter()
-    model = transformers_model(params.model, VOCAB_SIZE, params.train.seed, use_cache=False).to(device).train()
+    model = transformers_model(params, use_cache=False).to(device).train()
     step = plain(model, lambda x: model(x).logits, params, batches, device, precision, steps)
     for index in range(steps):
         step(index)

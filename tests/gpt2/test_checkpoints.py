@@ -73,7 +73,7 @@ def test_last_two_states_are_kept(tmp_path: Path, trained: Train) -> None:
     assert checkpoints.last() == "no state has been saved yet"
     for step in (1, 2, 10, 100):
         checkpoints.save(step, *trained(0), {})
-    assert [path.name[:8] for path in sorted(tmp_path.iterdir())] == ["00000010", "00000100"]
+    assert [path.name[:10] for path in sorted(tmp_path.iterdir())] == ["0000000010", "0000000100"]
     assert checkpoints.last() == f"the last good state is that of step 100, in {tmp_path}"
 
 

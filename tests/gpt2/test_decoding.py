@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,33 +24,33 @@ def test_logits_are_the_models(make_model: MakeModel, changes: dict[str, Any]) -
     model = make_model(random=True, **changes)
     decoder = Decoder(model, rows=3)
     texts = [[3, 1, 4, 1, 5], [9], [2, 6]]
-    found = decoder.begin(dict(enumerate(texts)))
+    found = decoder.prefill(dict(enumerate(texts)))
     torch.testing.assert_close(found, logits_of(model, texts), atol=1e-5, rtol=1e-5)
     for new in ([7, 8, 9], [1, 1, 2], [5, 60, 0]):
         positions = [len(text) for text in texts]
         for text, token in zip(texts, new, strict=True):
             text.append(token)
-        found = decoder.go_on(new, positions)
+        found = decoder.step(new, positions)
         torch.testing.assert_close(found, logits_of(model, texts), atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_begins_anew_while_others_go_on(make_model: MakeModel) -> None:
     model = make_model(random=True)
     decoder = Decoder(model, rows=3)
-    decoder.begin({0: [3, 1, 4], 1: [1, 5, 9, 2, 6], 2: [8]})
-    found = decoder.begin({1: [7, 7]})
+    decoder.prefill({0: [3, 1, 4], 1: [1, 5, 9, 2, 6], 2: [8]})
+    found = decoder.prefill({1: [7, 7]})
     torch.testing.assert_close(found, logits_of(model, [[7, 7]]), atol=1e-5, rtol=1e-5)
-    found = decoder.go_on([1, 2], [3, 2])  # the last row waits
+    found = decoder.step([1, 2], [3, 2])  # the last row waits
     torch.testing.assert_close(found, logits_of(model, [[3, 1, 4, 1], [7, 7, 2]]), atol=1e-5, rtol=1e-5)
     decoder.move(2, 0)
-    torch.testing.assert_close(decoder.go_on([6], [1]), logits_of(model, [[8, 6]]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoder.step([6], [1]), logits_of(model, [[8, 6]]), atol=1e-5, rtol=1e-5)
 
 
 def test_texts_fill_the_context(make_model: MakeModel) -> None:
     model = make_model(random=True, max_len=4)
     decoder = Decoder(model, rows=1)
-    decoder.begin({0: [3, 1, 4]})
-    found = decoder.go_on([1], [3])
+    decoder.prefill({0: [3, 1, 4]})
+    found = decoder.step([1], [3])
     torch.testing.assert_close(found, logits_of(model, [[3, 1, 4, 1]]), atol=1e-5, rtol=1e-5)
 
 
@@ -69,7 +70,7 @@ def test_packed_weights_map_alike(has_bias: bool, gelu: str | None, rows: int) -
 def test_int8_is_in_the_blocks_and_in_the_head(make_model: MakeModel) -> None:
     model = make_model(random=True)
     exact, coarse = Decoder(model, 1), Decoder(model, 1, "int8")
-    expected, found = (decoder.read({0: [3, 1, 4]}) for decoder in (exact, coarse))
+    expected, found = (decoder.prefill_features({0: [3, 1, 4]}) for decoder in (exact, coarse))
     assert 1e-4 < (found - expected).abs().max() < 0.1 * expected.abs().max()
     expected, found = (decoder.project(expected) for decoder in (exact, coarse))
     assert 1e-4 < (found - expected).abs().max() < 0.1 * expected.abs().max()
@@ -78,12 +79,24 @@ def test_int8_is_in_the_blocks_and_in_the_head(make_model: MakeModel) -> None:
 def test_the_shortlist_leaves_logits_out(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "SHORTLIST_AFTER", 1)
     decoder = Decoder(make_model(random=True), 1)
-    decoder.begin({0: [3, 1, 4]})
-    assert decoder.go_on([1], [3], wanted=1).isfinite().all()  # not yet
-    assert decoder.go_on([5], [4]).isfinite().all()
-    assert decoder.go_on([9], [5], wanted=1).isinf().any()
+    decoder.prefill({0: [3, 1, 4]})
+    assert decoder.step([1], [3], wanted=1).isfinite().all()  # not yet
+    assert decoder.step([5], [4]).isfinite().all()
+    assert decoder.step([9], [5], wanted=1).isinf().any()
 
 
 def test_int8_is_for_the_cpu(make_model: MakeModel, error_line: Callable[[Callable[[], object]], str]) -> None:
     model = make_model().to("meta")
-    assert "int8 weights are for the CPU, not meta" in error_line(lambda: Decoder(model, 1, "int8"))
+    assert "int8 weights are for the CPU (device cpu), not meta" in error_line(lambda: Decoder(model, 1, "int8"))
+
+
+def test_where_pytorch_has_no_int8_products_none_are_used(
+    make_model: MakeModel, error_line: Callable[[Callable[[], object]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(engine="none"))
+    monkeypatch.setattr(decoding, "SHORTLIST_AFTER", 0)
+    model = make_model(random=True)
+    assert "int8 weights are not for this machine" in error_line(lambda: Decoder(model, 1, "int8"))
+    decoder = Decoder(model, 1)
+    decoder.prefill({0: [3, 1, 4]})
+    assert decoder.step([1], [3], wanted=1).isfinite().all()

@@ -67,6 +67,13 @@ def test_batch_size_does_not_change_the_losses(model: GPT2Model) -> None:
         torch.testing.assert_close(other, losses[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_losses_that_are_not_finite_have_no_summary(
+    error_line: Callable[[Callable[[], object]], str], loss: float
+) -> None:
+    assert "the loss is not finite" in error_line(lambda: summarize(torch.tensor([1.0, loss]), 1))
+
+
 def test_summary_of_losses_known_beforehand() -> None:
     half, quarter = math.log(2), math.log(4)  # one bit and two
     summary = summarize(torch.tensor([half, quarter, quarter, quarter]), text_bytes=14)

@@ -23,9 +23,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files that a key is made from, with some tokens."""
     shutil.copytree(REPOSITORY / "src", tmp_path / "src")
     shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
-    for split in ("train", "val"):
-        (tmp_path / "data" / "tokens").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / "tokens" / f"{split}.bin").write_bytes(b"tokens")
+    (tmp_path / "data" / "tokens").mkdir(parents=True)
+    for name in ("meta.json", "train.bin", "val.bin"):
+        (tmp_path / "data" / "tokens" / name).write_bytes(b"tokens")
     monkeypatch.setattr(lineage, "ROOT", tmp_path)
     return tmp_path
 

@@ -46,3 +46,4 @@ def test_making_a_version_again_takes_its_commit_its_texts_and_tells_what_is_mis
     assert not any("not committed" in line or "data/raw" in line for line in clean)
     assert dirty[1].startswith("# Not all of its code was committed")
     assert "cp -r data/raw ../gpt2-55555555/data/" in dirty
+    assert commands("", "sotu") == ["# It was made outside git, so there is no commit to make it again from."]

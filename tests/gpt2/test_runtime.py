@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -67,6 +68,14 @@ def test_what_cannot_fit_into_memory_is_refused(error_line: ErrorLine) -> None:
     assert "need at least 1,000,000,000 GB" in error_line(lambda: check_memory(10**18, torch.device("cpu")))
 
 
+def provide(monkeypatch: pytest.MonkeyPatch, headers_folder: Path, compiler: bool, headers: bool) -> None:
+    """Let there be what compiling needs, or not."""
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(headers_folder))
+    if headers:
+        (headers_folder / "Python.h").touch()
+
+
 @pytest.mark.parametrize(
     ("setting", "device", "steps", "expected"),
     [
@@ -78,17 +87,28 @@ def test_what_cannot_fit_into_memory_is_refused(error_line: ErrorLine) -> None:
     ],
 )
 def test_auto_compiles_long_trainings_on_gpus(
-    monkeypatch: pytest.MonkeyPatch, setting: Literal["auto"] | bool, device: str, steps: int, expected: bool
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    setting: Literal["auto"] | bool,
+    device: str,
+    steps: int,
+    expected: bool,
 ) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    provide(monkeypatch, tmp_path, compiler=True, headers=True)
     assert choose_compilation(setting, torch.device(device), steps) is expected
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_without_a_compiler_nothing_is_compiled(
-    monkeypatch: pytest.MonkeyPatch, error_line: ErrorLine, device: str
+@pytest.mark.parametrize(("compiler", "headers"), [(False, True), (True, False)])
+def test_without_a_compiler_or_headers_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error_line: ErrorLine,
+    device: str,
+    compiler: bool,
+    headers: bool,
 ) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+    provide(monkeypatch, tmp_path, compiler, headers)
     assert choose_compilation("auto", torch.device(device), COMPILED_STEPS) is False
     assert choose_compilation(False, torch.device(device), COMPILED_STEPS) is False
     assert "compiler" in error_line(lambda: choose_compilation(True, torch.device(device), COMPILED_STEPS))

@@ -1,5 +1,6 @@
 """The model as MLflow loads it, without a registry or a server; the pipeline's tests ask a real server."""
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +13,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
 
 import gpt2
-from gpt2.config import ModelParams
+from gpt2.config import ModelConfig
 from gpt2.generation import GenerationSettings, Text, write_all
 from gpt2.model import GPT2Model
 from gpt2.registry import FOLDER, SIGNATURE
-from gpt2.serving import Desk
+from gpt2.serving import SharedWriter, refuse_unknown_params
 from gpt2.tokenizer import VOCAB_SIZE
 from gpt2.weights import load_model, save_model
 
@@ -27,10 +28,10 @@ PROMPTS = pd.DataFrame({"prompt": ["The war", "One nation"]})
 def weights(
     tmp_path_factory: pytest.TempPathFactory,
     make_model: Callable[..., GPT2Model],
-    make_model_params: Callable[..., ModelParams],
+    make_config: Callable[..., ModelConfig],
 ) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    save_model(make_model(vocab_size=VOCAB_SIZE, random=True), make_model_params(), VOCAB_SIZE, folder)
+    save_model(make_model(vocab_size=VOCAB_SIZE, random=True), make_config(vocab_size=VOCAB_SIZE), folder)
     return folder
 
 
@@ -70,12 +71,12 @@ def test_predict_stream_yields_the_same_in_parts(served: PyFuncModel) -> None:
 def test_a_text_that_is_not_read_on_is_not_written_on(weights: Path) -> None:
     model, _ = load_model(weights)
     text = Text("The war", GenerationSettings(max_tokens=2**31 - 1, seed=1))
-    desk = Desk(model)
-    [parts] = desk.order([text])
+    writer = SharedWriter(model)
+    [parts] = writer.submit([text])
     next(parts)
     assert not text.ended
     parts.close()
-    [other] = desk.order([Text("One nation", GenerationSettings(max_tokens=2, seed=1))])
+    [other] = writer.submit([Text("One nation", GenerationSettings(max_tokens=2, seed=1))])
     assert len(list(other)) == 2
     assert text.ended
 
@@ -108,6 +109,17 @@ def test_params_that_cannot_be_used_are_the_clients_error(
     with pytest.raises(MlflowException, match=words) as caught:
         texts(served, **params)
     assert caught.value.get_http_status_code() == 400
+
+
+def test_unknown_params_are_refused_whatever_is_logged(served: PyFuncModel, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "mlflow")
+    with pytest.raises(MlflowException, match="temperatur"):
+        texts(served, temperatur=1.0)
+
+
+def test_another_models_unknown_params_are_left_to_mlflow() -> None:
+    message = "Unrecognized params ['a'] are ignored for inference. Supported params are: {'b'}. To enable them, ..."
+    assert refuse_unknown_params(logging.makeLogRecord({"msg": message}))
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("", "the prompt is empty"), (None, "a prompt is no text")])

@@ -22,8 +22,8 @@ from gpt2 import tracking
 from gpt2.cli import Stopped
 from gpt2.config import Params, load_params
 from gpt2.curves import write_curves
-from gpt2.database import PATH_COLUMNS
 from gpt2.files import write_json, write_text
+from gpt2.mlflow_database import PATH_COLUMNS
 from gpt2.tracking import RESULTS_KEY, SAMPLES_TABLE, mirror_run, open_store, training_run
 
 

@@ -21,8 +21,8 @@ from gpt2.checkpoints import Checkpoints
 from gpt2.cli import Stopped
 from gpt2.config import TrainParams
 from gpt2.model import GPT2Model, PositionwiseFeedForward
+from gpt2.text_vocabulary import TextVocabulary
 from gpt2.training import Meter, accumulate_gradients, mean_loss, train
-from gpt2.vocabulary import TextVocabulary
 
 ErrorLine = Callable[[Callable[[], object]], str]
 MakeModel = Callable[..., GPT2Model]

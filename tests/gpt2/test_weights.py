@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2.cli import UserError
-from gpt2.config import ModelParams
+from gpt2.config import ModelConfig
 from gpt2.model import GPT2Model
 from gpt2.weights import load_model, read_config, save_model
 
 ErrorLine = Callable[[Callable[[], object]], str]
 MakeModel = Callable[..., GPT2Model]
-MakeModelParams = Callable[..., ModelParams]
+MakeConfig = Callable[..., ModelConfig]
 OPENAI = {"tie_weights": True, "qkv_bias": True, "activation": "gelu_tanh"}
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -33,8 +33,8 @@ def logits(model: GPT2Model) -> Tensor:
 
 
 @pytest.fixture
-def saved(tmp_path: Path, make_model: MakeModel, make_model_params: MakeModelParams) -> Path:
-    save_model(make_model(random=True), make_model_params(), 61, tmp_path)
+def saved(tmp_path: Path, make_model: MakeModel, make_config: MakeConfig) -> Path:
+    save_model(make_model(random=True), make_config(), tmp_path)
     return tmp_path
 
 
@@ -51,33 +51,31 @@ def rewrite(folder: Path, data: bytes | None = None, **model: Any) -> Path:
 
 @pytest.mark.parametrize("kind", [{}, OPENAI])
 def test_saved_model_comes_back(
-    tmp_path: Path, make_model: MakeModel, make_model_params: MakeModelParams, kind: dict[str, Any]
+    tmp_path: Path, make_model: MakeModel, make_config: MakeConfig, kind: dict[str, Any]
 ) -> None:
     model = make_model(random=True, dropout=0.5, **kind)
-    digest = save_model(model.train(), make_model_params(dropout=0.5, **kind), 61, tmp_path)
+    digest = save_model(model.train(), make_config(dropout=0.5, **kind), tmp_path)
     for path in (tmp_path, tmp_path / "model.safetensors"):
         loaded, config = load_model(path)
         assert not loaded.training
         assert torch.equal(logits(loaded), logits(model.eval()))
-        assert config.model_dump() == make_model_params(dropout=0.5, **kind).model_dump() | {"vocab_size": 61}
+        assert config.model_dump() == make_config(dropout=0.5, **kind).model_dump()
     assert digest == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     assert read_config(tmp_path) == (config, digest)
 
 
-def test_same_weights_give_the_same_bytes(
-    tmp_path: Path, make_model: MakeModel, make_model_params: MakeModelParams
-) -> None:
+def test_same_weights_give_the_same_bytes(tmp_path: Path, make_model: MakeModel, make_config: MakeConfig) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-        save_model(make_model(random=True), make_model_params(), 61, folder)
+        save_model(make_model(random=True), make_config(), folder)
     for name in ("model.safetensors", "config.json"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
-def test_tied_weights_are_saved_once(tmp_path: Path, make_model: MakeModel, make_model_params: MakeModelParams) -> None:
+def test_tied_weights_are_saved_once(tmp_path: Path, make_model: MakeModel, make_config: MakeConfig) -> None:
     model = make_model(**OPENAI)
-    save_model(model, make_model_params(**OPENAI), 61, tmp_path)
+    save_model(model, make_config(**OPENAI), tmp_path)
     names = set(load_file(tmp_path / "model.safetensors"))
     assert names == set(model.state_dict()) - {"output_projection.weight"}
     loaded, _ = load_model(tmp_path)
@@ -131,10 +129,10 @@ JSON = st.recursive(
 
 @pytest.fixture(scope="module")
 def saved_once(
-    tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel, make_model_params: MakeModelParams
+    tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel, make_config: MakeConfig
 ) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("saved")
-    save_model(make_model(random=True), make_model_params(), 61, folder)
+    save_model(make_model(random=True), make_config(), folder)
     return folder, (folder / "model.safetensors").read_bytes()
 
 
@@ -167,12 +165,12 @@ def test_configuration_too_large_for_any_memory_is_refused(saved: Path, error_li
 def test_missing_weights_are_named(
     tmp_path: Path,
     make_model: MakeModel,
-    make_model_params: MakeModelParams,
+    make_config: MakeConfig,
     error_line: ErrorLine,
     name: str,
     tied: bool,
 ) -> None:
-    save_model(make_model(tie_weights=tied), make_model_params(tie_weights=tied), 61, tmp_path)
+    save_model(make_model(tie_weights=tied), make_config(tie_weights=tied), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     del state[name]
     save_file(state, tmp_path / "model.safetensors")

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.initialization import start_from_bigrams
-from gpt2.look_back import MOST_HEADS, _expected_rows, _moments
 from gpt2.model import GPT2Model, TransformerBlock
+from gpt2.previous_token_heads import MOST_HEADS, _expected_rows, _moments
 
 MakeModel = Callable[..., GPT2Model]
 SEEN = 20

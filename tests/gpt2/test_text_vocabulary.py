@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2 import vocabulary
+from gpt2 import text_vocabulary
 from gpt2.loss import linear_cross_entropy
-from gpt2.vocabulary import TextVocabulary
+from gpt2.text_vocabulary import TextVocabulary
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 12
@@ -18,7 +18,7 @@ VOCAB_SIZE = 12
 def test_loss_and_gradients_are_those_of_the_whole_vocabulary(
     seen: list[int], read: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary, "READ_TOKENS", read)
+    monkeypatch.setattr(text_vocabulary, "READ_TOKENS", read)
     text = TextVocabulary(np.array([*seen, *seen], dtype=np.uint16), VOCAB_SIZE, CPU)
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -23,25 +23,25 @@ OUTPUT_RIDGE, EMBEDDING_RIDGE = 1.0, 0.3  # of the mean variance, added to each
 TOKENS_AT_ONCE = 512
 
 
-def place_waves(places: int, max_len: int) -> Tensor:
+def position_waves(position_dims: int, max_len: int) -> Tensor:
     """Return cosines and sines of all positions (T, L), of mean square 1 (Vaswani et al. 2017, section 3.5)."""
-    angles = torch.arange(max_len)[:, None] * _frequencies(places, max_len)  # (T, L / 2)
+    angles = torch.arange(max_len)[:, None] * _angles_per_position(position_dims, max_len)  # (T, L / 2)
     return math.sqrt(2) * torch.cat([angles.cos(), angles.sin()], 1)
 
 
-def look_back(attention: MultiHeadAttention, place_axes: Tensor, max_len: int) -> None:
+def look_back(attention: MultiHeadAttention, position_axes: Tensor, max_len: int) -> None:
     """Let head h attend to the token h + 1 places back, given axes (L, C) along which positions are waves."""
-    frequencies = _frequencies(len(place_axes), max_len)
+    angles = _angles_per_position(len(position_axes), max_len)
     for weight in (attention.w_q.weight, attention.w_k.weight):
         weight.zero_()
     queries, keys = (
         x.weight.unflatten(0, (attention.n_heads, -1)) for x in (attention.w_q, attention.w_k)
     )  # each of (n_heads, D, C)
     for head in range(attention.n_heads):
-        cosine, sine = ((head + 1) * frequencies).cos().diag(), ((head + 1) * frequencies).sin().diag()
+        cosine, sine = ((head + 1) * angles).cos().diag(), ((head + 1) * angles).sin().diag()
         turn = torch.cat([torch.cat([cosine, sine], 1), torch.cat([-sine, cosine], 1)])  # (L, L)
-        queries[head, : len(place_axes)] = turn @ place_axes
-        keys[head, : len(place_axes)] = place_axes
+        queries[head, : len(position_axes)] = turn @ position_axes
+        keys[head, : len(position_axes)] = position_axes
 
 
 def add_what_is_seen(
@@ -91,7 +91,7 @@ def _moments(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient (C, H * C), of the likelihood, and the covariance (H * C, H * C) of what H heads see.
 
-    The text's end is taken to go before its beginning, so that all are means over N places.
+    The text's end is taken to go before its beginning, so that all are means over N positions.
     """
 
     def seen(back: int) -> Tensor:
@@ -108,8 +108,8 @@ def _moments(
 
 def sparse_matrix(rows: Tensor, columns: Tensor, values: Tensor, size: int) -> Tensor:
     """Return a sparse matrix (size, size) with the sum of the values of each row and column."""
-    places = torch.stack([rows, columns])
-    return torch.sparse_coo_tensor(places, values, (size, size), check_invariants=True).coalesce()
+    indices = torch.stack([rows, columns])
+    return torch.sparse_coo_tensor(indices, values, (size, size), check_invariants=True).coalesce()
 
 
 def with_ridge(matrix: Tensor, ridge: float) -> Tensor:
@@ -124,6 +124,6 @@ def _square_root(matrix: Tensor) -> Tensor:
     return (vectors * values.sqrt()) @ vectors.T
 
 
-def _frequencies(places: int, max_len: int) -> Tensor:
+def _angles_per_position(position_dims: int, max_len: int) -> Tensor:
     """Return angles a position (L / 2,), from half a turn over the whole context to nearly half a turn a position."""
-    return torch.logspace(math.log10(math.pi / max_len), math.log10(0.9 * math.pi), places // 2)
+    return torch.logspace(math.log10(math.pi / max_len), math.log10(0.9 * math.pi), position_dims // 2)
