@@ -29,6 +29,7 @@ class SharedWriter:
         self._writer = Writer(model, MAX_ROWS)
         self._waiting: deque[Text] = deque()
         self._readers: dict[Text, SimpleQueue[str | Exception | None]] = {}
+        self._lock = threading.Lock()  # whatever waits has a reader
         self._arrived = threading.Event()
         threading.Thread(target=self._write, daemon=True).start()
 
@@ -38,8 +39,9 @@ class SharedWriter:
         A text that is no longer read is no longer written.
         """
         readers: list[SimpleQueue[str | Exception | None]] = [SimpleQueue() for _ in texts]
-        self._readers.update(zip(texts, readers, strict=True))
-        self._waiting.extend(texts)
+        with self._lock:
+            self._readers.update(zip(texts, readers, strict=True))
+            self._waiting.extend(texts)
         self._arrived.set()
         return [self._read(text, reader) for text, reader in zip(texts, readers, strict=True)]
 
@@ -64,9 +66,10 @@ class SharedWriter:
                         del self._readers[text]
                         reader.put(None)
             except Exception as error:  # every reader learns of it, and the next texts are tried anew
-                self._waiting.clear()
-                while self._readers:
-                    self._readers.popitem()[1].put(error)
+                with self._lock:
+                    self._waiting.clear()
+                    while self._readers:
+                        self._readers.popitem()[1].put(error)
 
 
 class TextGenerator(PythonModel):
