@@ -51,7 +51,7 @@ def _alias(name: str) -> str:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 6e-4 as text; every other reader of params.yaml, and every user, as a number."""
+    """Return a number like 6e-4, which YAML 1.1 reads as text, as the number that DVC and users mean."""
     is_exponential = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
     return float(value) if is_exponential else value
 

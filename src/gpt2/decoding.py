@@ -1,7 +1,7 @@
-"""The trained model arranged for writing: texts side by side, which grow by a token each at a time.
+"""The trained model arranged for generation: a batch of texts, each of which grows by a token a step.
 
-A token's time goes into reading the weights. Here they lie as the processor reads them fastest, those of query, key and
-value in one matrix, and if asked for in int8. The logits are GPT2Model's, to rounding; int8 changes them a little.
+Generation is bound by reading the weights. Here they are packed for the processor, those of query, key and value in one
+matrix, and on request in int8. The logits are GPT2Model's, to rounding; int8 changes them a little.
 
 Shapes: B texts, each in a row; R of these rows; T positions, C d_model, H heads, D head size, V vocabulary.
 """
@@ -27,7 +27,8 @@ EXACT_ENGINES = ("x86", "fbgemm", "onednn")  # of PyTorch's int8 products, that 
 class Decoder:
     """Gives the logits of the next token of up to B texts, each of at most max_len tokens.
 
-    Raises UserError if int8 is asked for and the model is not on the CPU, or its weights are not finite.
+    Raises UserError if int8 is asked for and the model is not on the CPU, this PyTorch has no int8 products, or the
+    weights are not finite.
     """
 
     def __init__(self, model: GPT2Model, rows: int, quantization: Quantization = "none") -> None:
@@ -73,9 +74,9 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], positions: Sequence[int], wanted: int | None = None) -> Tensor:
-        """Put a token behind each text of the first rows, at these positions; return the logits after it (R, V).
+        """Append a token to the text in each of the first rows, at these positions; return the next logits (R, V).
 
-        If only so many of the largest are wanted, others may be -inf.
+        If only the `wanted` largest logits are needed, the others may be -inf.
         """
         if self._replay:
             return self._replay(torch.tensor(tokens), torch.tensor(positions))

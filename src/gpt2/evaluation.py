@@ -67,7 +67,10 @@ def predict(model: GPT2Model, tokens: Tokens, index: int, stride: int) -> Tensor
 
 
 def summarize(losses: Tensor, text_bytes: int) -> dict[str, float]:
-    """Return what the losses (N,) in nats of a text of so many bytes come to. Raises UserError if one is not finite."""
+    """Return the scores of a text of text_bytes bytes, from its losses (N,) in nats.
+
+    Raises UserError if a loss is not finite.
+    """
     loss = losses.double().mean().item()
     if not math.isfinite(loss):
         raise UserError("the model's weights are ruined: the loss is not finite")

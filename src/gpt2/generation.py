@@ -1,8 +1,8 @@
 """Text after prompts, many at once: infer.py, the sample stage and the server all write through here.
 
-What a text becomes depends on its prompt, its settings and its seed, not on the texts beside it (but for rounding,
-which takes another token so seldom that nobody sees it). The model sees at most max_len tokens: of a longer prompt the
-last, and when a text has filled the context, it goes on from the later half of it.
+A text depends on its prompt, its settings and its seed, not on the texts beside it, but for rounding: this hardly ever
+changes a token in float, but may in int8, whose scale the texts share. The model sees at most max_len tokens: of a
+longer prompt the last; when a text has filled the context, it goes on from the later half.
 """
 
 import secrets

@@ -1,11 +1,10 @@
-"""Weights to start from, so that training begins with what the text's pairs of tokens tell.
+"""Initial weights from the training text's bigrams.
 
-What follows what in the training text fills the embeddings: the matrix of each pair's surprise over Kneser-Ney's
-back-off (Kneser & Ney 1995) is factored, as word embeddings factor that of pointwise mutual information (Levy &
-Goldberg 2014); one side becomes the token embedding, the other the output projection. Then both are fitted to
-Kneser-Ney's probabilities, where one row of logits learns from all that ever followed a token, and not from a single
-place of the text. The first block's heads look one, two, three ... tokens back (previous_token_heads.py). All else in
-the blocks has no part in the residual stream yet (Zhang et al. 2019, "Fixup").
+The matrix of each pair's surprise, its log probability ratio to Kneser-Ney's back-off (Kneser & Ney 1995), is factored
+as word embeddings factor pointwise mutual information (Levy & Goldberg 2014): one factor becomes the token embedding,
+the other the output projection. Both are then fitted to Kneser-Ney's probabilities, so that a row of logits learns from
+all successors of a token, not from one place in the text. The first block's heads look one, two, three ... tokens back
+(previous_token_heads.py). All else in the blocks adds nothing to the residual stream yet (Zhang et al. 2019, "Fixup").
 
 Shapes: N tokens of the text, M different ones among them, P different pairs, K rank, S tokens of a step of the fit,
 L dimensions for positions, C d_model, V vocabulary.
@@ -36,9 +35,9 @@ SPARED = 2  # dimensions: the mean's, which layer norm takes away, and the unigr
 
 @torch.no_grad()
 def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
-    """Set the weights, wherever they are, from a text's tokens (N,). C must be 3 or more, and the embeddings not tied.
+    """Initialize a model on any device from a text's tokens (N,), at most the first COUNTED_TOKENS.
 
-    Computes on the CPU, and draws from PyTorch's generator.
+    C must be 3 or more, and the weights not tied. Computes on the CPU, and draws from PyTorch's generator.
     """
     vocab_size, width = model.output_projection.weight.shape
     seen, text = torch.unique(torch.from_numpy(tokens[:COUNTED_TOKENS].astype(np.int64)), return_inverse=True)
@@ -90,7 +89,7 @@ class Bigrams:
 
     @property
     def continuation_probabilities(self) -> Tensor:
-        """The probability (M,) of each token after one that it has never followed."""
+        """Kneser-Ney's lower-order probabilities (M,): each token's share of the different pairs."""
         return self.continuation_counts / self.continuation_counts.sum()
 
     def after(self, tokens: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ ALIGNED_COLUMNS = 64  # rows that begin at multiples of this make the products u
 def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, last_count: int = 1) -> Tensor:
     """Return the mean cross-entropy () in nats of targets (N,) under the logits features (N, C) @ weight (V, C).T.
 
-    Its gradients are computed at once. The last row of weight stands for `last_count` equal ones, and its gradient is
-    the sum of theirs. Matrix products run in autocast's format where it is on; the softmax and the sums never below
+    Gradients are computed in the forward pass. The last row of weight stands for `last_count` equal ones; its gradient
+    is the sum of theirs. Matrix products run in autocast's format where it is on; the softmax and the sums never below
     float32.
     """
     return _LinearCrossEntropy.apply(features, weight, targets, last_count)
@@ -39,7 +39,7 @@ def _operands(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _logits_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory for a chunk's logits (R, V): as few chunks of equal size as CHUNK_BYTES allows hold all N rows."""
+    """Return memory for a chunk's logits (R, V), with N rows split into as few equal chunks as CHUNK_BYTES allows."""
     # MPS before macOS 15 writes no product into rows that are apart.
     stride = columns if device.type == "mps" else math.ceil(columns / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
     chunks = math.ceil(rows / (CHUNK_BYTES // (stride * dtype.itemsize)))

@@ -87,7 +87,7 @@ def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
 
 
 def promote(name: str, alias: str, version: ModelVersion) -> str:
-    """Give `alias` to `version` if it is better than the present holder; return what was done, in words."""
+    """Give `alias` to `version` if takes_over says so; return what was done, in words."""
     client = mlflow.MlflowClient()
     with store_lock():
         held = alias in client.get_registered_model(name).aliases

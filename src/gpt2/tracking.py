@@ -53,7 +53,7 @@ EXPERIMENT_NAME, COMMIT, ENVIRONMENT = "dvc.experiment", "mlflow.source.git.comm
 
 
 def store_lock() -> FileLock:
-    """Return the lock that keeps others of this checkout and its experiments from changing the store's structure."""
+    """Return the lock under which processes of this checkout and its experiments change the store's structure."""
     return FileLock(main_root() / ".cache" / "mlflow.lock")
 
 
@@ -145,7 +145,7 @@ class Tracker:
 
 @contextlib.contextmanager
 def training_run(params: Params) -> Iterator[LogMetrics]:
-    """Open the run in which a training logs, and yield what logs there; one that register never completed goes on.
+    """Open the run that a training logs to, or one that register never completed; yield the function that logs to it.
 
     From here on the run is incomplete until register has been run, so register's receipt is withdrawn. A store that
     fails stops the logging, not the training: register completes the run from the files.
@@ -226,9 +226,9 @@ def _log_files(run: Run) -> None:
 def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
     """Open the latest run that fits, or a new one.
 
-    For a training (no results yet) that is a run of the same parameters that register has not completed: of the same
-    experiment, or one that has not finished, and so is dead, since a training is run by one process at a time.
-    With results it is one that has these or none; outside experiments, an experiment's finished run will do.
+    For a training (no results yet), it has the same parameters and has not been completed by register: a run of the
+    same experiment, or an unfinished one, which is dead, since only one process at a time runs a training.
+    With results, it has these or none yet; outside experiments, an experiment's finished run will do.
     """
     name, key = experiment_name(), train_key(params)
     tags = {TRAIN_KEY: key, RUN_KEY: run_key(params, key)}
@@ -267,7 +267,7 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
 
 
 def _environment(device: torch.device) -> str:
-    """Return what a training's bytes depend on beside its inputs, in words."""
+    """Return what a training's bytes depend on besides its inputs, in words."""
     match device.type:
         case "cuda":
             hardware = torch.cuda.get_device_name(device)

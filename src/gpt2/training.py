@@ -55,8 +55,9 @@ def train(
     eval_windows windows; after the last step it gets both, "val/loss" on the whole split. A metric's step counts the
     optimizer steps done. Losses are nats per token. The resulting weights depend on the model, the tokens and params
     alone, not on interruptions; on a GPU, whose sums may come in another order, that holds to rounding.
-    Raises UserError if a split is too short for one window or more than max_bad_steps steps have a loss or gradient
-    that is not finite; Stopped on Ctrl-C or SIGTERM, after saving a checkpoint; OSError if none can be saved.
+    Raises UserError if a split is too short for one window, what params ask for is not available here, the validation
+    loss is not finite, or the loss or gradient of more than max_bad_steps steps is not; Stopped on Ctrl-C or SIGTERM,
+    after saving a checkpoint; OSError if none can be saved.
     """
     device = choose_device(params.device)
     precision = choose_precision(params.precision, device)
@@ -181,7 +182,7 @@ def accumulate_gradients(
 ) -> Tensor:
     """Add the gradient of the batch's mean loss to the parameters, a micro-batch at a time; return that loss ().
 
-    inputs and targets are (B, T) on the CPU, and all in the vocabulary.
+    inputs and targets are (B, T), on the CPU; every target occurs in the training text.
     """
     device = vocabulary.ids.device
     total = torch.zeros((), device=device)
