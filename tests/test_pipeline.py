@@ -400,6 +400,12 @@ def test_experiments_leave_complete_runs_and_the_same_bytes(
     shell(f"cd {by_hand} && python src/prepare.py && python src/train.py")
     trained = sha256_of(by_hand / "data/model/model.safetensors")
     assert runs["queued-8"].data.tags["gpt2.model_sha256"] == trained
+    applied = shutil.copytree(checkout, tmp_path / "applied", symlinks=True)
+    shell(f"cd {applied} && dvc exp apply queued-8")
+    # Texts were not in the experiment's own folder, so prepare runs again, with the same outcome.
+    assert stages_run(shell(f"cd {applied} && dvc repro").stdout) == ["prepare", "register"]
+    assert sha256_of(applied / "data/model/model.safetensors") == trained
+    assert set(runs_by_name(applied)) == set(runs)
 
 
 def delete_broken_lock_file(checkout: Path) -> None:
