@@ -18,6 +18,7 @@ from gpt2.cache import KeyValueCache
 from gpt2.cli import UserError
 from gpt2.model import GPT2Model, TransformerBlock
 from gpt2.quantization import Map, Shortlist, int8_linear
+from gpt2.text_vocabulary import TextVocabulary
 
 Quantization = Literal["none", "int8"]
 SHORTLIST_AFTER = 128  # steps; to make it takes as long as it saves on some 200
@@ -45,7 +46,10 @@ class Decoder:
         self._blocks = [
             _Block(block, quantization) for block in model.transformer_blocks if isinstance(block, TransformerBlock)
         ]
-        self.project = fast_linear(model.output_projection.weight, quantization=quantization)
+        vocabulary = TextVocabulary.of_weight(model.output_projection.weight)
+        self._row_of = vocabulary.row_of if vocabulary.last_count > 1 else None  # (V,)
+        self._head = vocabulary.rows(model.output_projection.weight.detach())  # (M + 1, C)
+        self._project = fast_linear(self._head, quantization=quantization)
         self._may_shortlist = (
             quantization == "none" and self._device.type == "cpu" and torch.backends.quantized.engine in EXACT_ENGINES
         )
@@ -92,11 +96,19 @@ class Decoder:
     def _forward(self, tokens: Tensor, positions: Tensor, used: int, wanted: int | None = None) -> Tensor:
         self._cache.step(positions, used)
         features = self._features(tokens[:, None])[:, 0]
-        return self.project(features) if wanted is None else self._shortlist(features, wanted)
+        return self.project(features) if wanted is None else self._all_of(self._shortlist(features, wanted))
+
+    def project(self, features: Tensor) -> Tensor:
+        """Map features (..., C) to logits (..., V)."""
+        return self._all_of(self._project(features))
+
+    def _all_of(self, logits: Tensor) -> Tensor:
+        """Give each token (..., V) the logit of its row (..., M + 1)."""
+        return logits if self._row_of is None else logits.index_select(-1, self._row_of)
 
     @cached_property
     def _shortlist(self) -> Shortlist:
-        return Shortlist(self._model.output_projection.weight, self.project)
+        return Shortlist(self._head, self._project)
 
     def _features(self, tokens: Tensor) -> Tensor:
         """Map token ids (R, T) to what the output projection reads (R, T, C)."""

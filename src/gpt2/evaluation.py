@@ -16,6 +16,7 @@ from gpt2.batches import Tokens
 from gpt2.cli import UserError
 from gpt2.loss import perplexity, token_cross_entropy
 from gpt2.model import GPT2Model
+from gpt2.text_vocabulary import TextVocabulary
 from gpt2.tokenizer import END_OF_TEXT_ID
 
 
@@ -41,7 +42,8 @@ def sliding_windows(count: int, max_len: int, stride: int) -> Iterator[Window]:
 @torch.inference_mode()
 def token_losses(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) -> Tensor:
     """Return the loss in nats of each of the tokens (N,), on the CPU; the first is predicted from <|endoftext|>."""
-    device, weight = model.output_projection.weight.device, model.output_projection.weight
+    vocabulary = TextVocabulary.of_weight(model.output_projection.weight)
+    device, rows = vocabulary.ids.device, vocabulary.rows(model.output_projection.weight)
     inputs, targets = _inputs(tokens), torch.from_numpy(tokens.astype(np.int64))
     losses = torch.empty(len(tokens))
     windows = sliding_windows(len(tokens), model.max_len, stride)
@@ -51,7 +53,8 @@ def token_losses(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int)
             positions = torch.tensor(starts[i : i + batch_size])[:, None] + torch.arange(length)  # (B, T)
             features = model.features(inputs[positions].to(device))[:, -scored:]  # (B, S, C)
             scored_at = positions[:, -scored:].flatten()
-            found = token_cross_entropy(features.flatten(0, 1), weight, targets[scored_at].to(device))
+            target_rows = vocabulary.row_of[targets[scored_at].to(device)]
+            found = token_cross_entropy(features.flatten(0, 1), rows, target_rows, vocabulary.last_count)
             losses[scored_at] = found.float().cpu()
     return losses
 

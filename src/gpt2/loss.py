@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -100,7 +99,7 @@ def _softmax_(logits: Tensor, targets: Tensor, last_count: int, scale: float) ->
 
 
 @torch.no_grad()
-def token_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, last_count: int = 1) -> Tensor:
     """Return the cross-entropy (N,) of each target, of which linear_cross_entropy gives the mean, without gradient."""
     inputs, matrix, buffer = _operands(features, weight)
     device = features.device.type
@@ -111,7 +110,9 @@ def token_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Te
             cached = CACHED_ROWS if device == "cpu" else len(logits)
             for part, label in zip(logits.split(cached), target.split(cached), strict=True):
                 exact = part.to(torch.promote_types(part.dtype, torch.float32))
-                losses.append(F.cross_entropy(exact, label, reduction="none"))
+                target_logits = exact.gather(1, label[:, None])[:, 0]
+                exact[:, -1] += math.log(last_count)
+                losses.append(exact.logsumexp(1) - target_logits)
     return torch.cat(losses)
 
 

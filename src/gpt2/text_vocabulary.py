@@ -3,11 +3,12 @@
 A token that the text never has is never a target. Where the rows of all such tokens in the output projection start
 equal, each step gives them equal gradients and they stay equal; so one row can stand for all of them, counted so many
 times. The loss and every gradient remain those of the whole vocabulary, and half of GPT-2's is enough for a small text.
+The trained model's logits too can be had for half of the work.
 
 Shapes: N tokens of the text, M different ones among them, V vocabulary, C d_model.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,16 +21,32 @@ READ_TOKENS = 2**24  # at once
 
 
 class TextVocabulary:
-    """Maps ids of the vocabulary (V,) to rows: one for each token of a text (N,), and a last one for all others."""
+    """Maps ids of the vocabulary (V,) to rows: one for each token that a text has, and a last one for all others."""
 
-    def __init__(self, tokens: Tokens, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, unseen: Tensor) -> None:
+        """`unseen` tells of each token (V,) whether the text lacks it."""
+        self.unseen = unseen.nonzero()[:, 0]
+        seen = (~unseen).nonzero()[:, 0]
+        self.ids = torch.cat([seen, self.unseen[:1]])  # (M + 1,), of each row one; (M,) if the text has every token
+        self.row_of = torch.full_like(unseen, len(seen), dtype=torch.long)
+        self.row_of[seen] = torch.arange(len(seen), device=seen.device)
+
+    @classmethod
+    def of_text(cls, tokens: Tokens, vocab_size: int, device: torch.device) -> Self:
+        """Return that of a text (N,)."""
         counts = np.zeros(vocab_size, dtype=np.int64)
         for start in range(0, len(tokens), READ_TOKENS):
             counts += np.bincount(tokens[start : start + READ_TOKENS], minlength=vocab_size)
-        seen, self.unseen = (torch.from_numpy(np.flatnonzero(chosen)).to(device) for chosen in (counts, counts == 0))
-        self.ids = torch.cat([seen, self.unseen[:1]])  # (M + 1,), of each row one; (M,) if the text has every token
-        self.row_of = torch.full((vocab_size,), len(seen), device=device)
-        self.row_of[seen] = torch.arange(len(seen), device=device)
+        return cls(torch.from_numpy(counts == 0).to(device))
+
+    @classmethod
+    def of_weight(cls, weight: Tensor) -> Self:
+        """Return that of the text on which a weight (V, C) was trained: tokens whose rows are equal are unseen."""
+        first = weight.detach()[:, 0]
+        unseen = first == first.cpu().mode().values.item()  # nearly always only those whose whole rows are equal
+        candidates = unseen.nonzero()[:, 0]
+        unseen[candidates] = (weight[candidates] == weight[candidates[:1]]).all(1)
+        return cls(unseen if unseen.sum() > 1 else torch.zeros_like(unseen))
 
     @property
     def last_count(self) -> int:
@@ -44,7 +61,7 @@ class TextVocabulary:
 
     def rows(self, weight: Tensor) -> Tensor:
         """Return the rows (M + 1, C) of a weight (V, C); those that the last stands for share its gradient."""
-        return _Rows.apply(weight, self)
+        return _Rows.apply(weight, self) if len(self.unseen) else weight
 
 
 class _Rows(torch.autograd.Function):

@@ -65,7 +65,7 @@ def train(
         for block in model.transformer_blocks:
             block.compile()
     batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
-    vocabulary = TextVocabulary(train_tokens, model.token_embedding.num_embeddings, device)
+    vocabulary = TextVocabulary.of_text(train_tokens, model.token_embedding.num_embeddings, device)
     optimizers = build_optimizers(model.to(device), params, precision)
     meter = Meter(batch_tokens=params.batch_size * params.sequence_length)
     history: History = []
@@ -78,7 +78,7 @@ def train(
 
     def validate(max_windows: int | None) -> float:
         with meter.paused(), autocast(device, precision):
-            return mean_loss(model, val_batches(max_windows), device)
+            return mean_loss(model, vocabulary, val_batches(max_windows))
 
     def check_finite(name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
@@ -200,14 +200,15 @@ def accumulate_gradients(
 
 
 @torch.no_grad()
-def mean_loss(model: GPT2Model, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
+def mean_loss(model: GPT2Model, vocabulary: TextVocabulary, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Return the mean loss of all tokens in batches of inputs and targets (B, T), without dropout."""
     was_training = model.training
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64), 0
+    device, rows = vocabulary.ids.device, vocabulary.rows(model.output_projection.weight)
     for x, y in batches:
-        features = model.features(x.to(device)).flatten(0, 1)
-        losses = token_cross_entropy(features, model.output_projection.weight, y.to(device).flatten())
+        features, targets = model.features(x.to(device)).flatten(0, 1), vocabulary.row_of[y.to(device).flatten()]
+        losses = token_cross_entropy(features, rows, targets, vocabulary.last_count)
         total += losses.cpu().double().sum()
         count += len(losses)
     model.train(was_training)

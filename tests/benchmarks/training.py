@@ -152,12 +152,13 @@ def measure(name: str, steps: int, precision_name: str, batch_size: int | None) 
     batches(steps)
     reading = time.perf_counter() - began
     median = statistics.median(seconds[1:])  # the first step is for warming up
+    vocabulary = TextVocabulary.of_text(tokens["train"], VOCAB_SIZE, device)
     return {
         "seconds": median,
         "reading": reading / median,
         "memory": peak_memory_bytes(device),
         "product": product_rate(device, precision),
-        "logits": len(TextVocabulary(tokens["train"], VOCAB_SIZE, device).ids) if name == "ours" else VOCAB_SIZE,
+        "logits": len(vocabulary.ids) if name == "ours" else VOCAB_SIZE,
     }
 
 

@@ -20,8 +20,11 @@ def logits_of(model: GPT2Model, texts: list[list[int]]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("changes", [{}, OPENAI, {"n_heads": 1, "n_layers": 1}])
-def test_logits_are_the_models(make_model: MakeModel, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("unseen", [[], [0, 7, *range(20, 60)]])
+def test_logits_are_the_models(make_model: MakeModel, changes: dict[str, Any], unseen: list[int]) -> None:
     model = make_model(random=True, **changes)
+    with torch.no_grad():
+        model.output_projection.weight[unseen] = torch.randn(16)
     decoder = Decoder(model, rows=3)
     texts = [[3, 1, 4, 1, 5], [9], [2, 6]]
     found = decoder.prefill(dict(enumerate(texts)))

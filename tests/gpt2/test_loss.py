@@ -116,10 +116,13 @@ def test_inference_before_training_is_no_hindrance() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, CHUNK_ROWS, CHUNK_ROWS + 1, 3 * CHUNK_ROWS - 1])
-def test_each_row_has_its_loss(rows: int) -> None:
+@pytest.mark.parametrize("last_count", [1, 4])
+def test_each_row_has_its_loss(rows: int, last_count: int) -> None:
     features, weight, targets = make_inputs(rows)
-    found = token_cross_entropy(features, weight, targets)
-    expected = F.cross_entropy(features @ weight.T, targets, reduction="none")
+    targets[0] = len(weight) - 1
+    found = token_cross_entropy(features, weight, targets, last_count)
+    whole = torch.cat([weight, *[weight[-1:]] * (last_count - 1)])
+    expected = F.cross_entropy(features @ whole.T, targets, reduction="none")
     assert not found.requires_grad
     torch.testing.assert_close(found, expected.detach(), atol=1e-10, rtol=0)
 

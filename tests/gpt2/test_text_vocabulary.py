@@ -19,7 +19,7 @@ def test_loss_and_gradients_are_those_of_the_whole_vocabulary(
     seen: list[int], read: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_vocabulary, "READ_TOKENS", read)
-    text = TextVocabulary(np.array([*seen, *seen], dtype=np.uint16), VOCAB_SIZE, CPU)
+    text = TextVocabulary.of_text(np.array([*seen, *seen], dtype=np.uint16), VOCAB_SIZE, CPU)
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(VOCAB_SIZE, 5, generator=generator, dtype=torch.float64)
@@ -36,9 +36,24 @@ def test_loss_and_gradients_are_those_of_the_whole_vocabulary(
 
 
 def test_seen_rows_stay_and_unseen_ones_get_their_mean() -> None:
-    text = TextVocabulary(np.array([1, 3], dtype=np.uint16), 4, CPU)
+    text = TextVocabulary.of_text(np.array([1, 3], dtype=np.uint16), 4, CPU)
     weight = torch.tensor([[0.0, 8.0], [1.0, 1.0], [4.0, 0.0], [3.0, 3.0]])
     text.make_unseen_equal(weight)
     assert weight.tolist() == [[2.0, 4.0], [1.0, 1.0], [2.0, 4.0], [3.0, 3.0]]
     assert text.rows(weight).tolist() == [[1.0, 1.0], [3.0, 3.0], [2.0, 4.0]]
     assert text.last_count == 2
+
+
+def test_a_weight_tells_what_its_text_lacked() -> None:
+    weight = torch.tensor([[1.0, 2.0], [5.0, 6.0], [5.0, 7.0], [5.0, 6.0], [3.0, 4.0]])
+    text = TextVocabulary.of_weight(weight)
+    assert text.unseen.tolist() == [1, 3] and text.last_count == 2
+    assert torch.equal(text.rows(weight)[text.row_of], weight)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_weight_of_different_rows_was_trained_on_all(value: float) -> None:
+    weight = torch.arange(10.0).view(5, 2)
+    weight[3] = value
+    text = TextVocabulary.of_weight(weight)
+    assert text.last_count == 1 and text.row_of.tolist() == [0, 1, 2, 3, 4]

@@ -78,8 +78,8 @@ def test_tokens_that_never_occur_stay_alike(run: Callable[..., Any], make_model:
     torch.testing.assert_close(rows[53:], rows[53].expand(8, -1))
     assert (rows[53] - rows[:53]).abs().amax(1).min() > 0.01
     batch = next(iter(validation_batches(TOKENS[:90], 11, 8)))
-    found = accumulate_gradients(model.eval(), TextVocabulary(TOKENS, 61, CPU), *batch, 11)
-    assert found.item() == pytest.approx(mean_loss(model, [batch], CPU), rel=1e-5)  # of all 61
+    found = accumulate_gradients(model.eval(), TextVocabulary.of_text(TOKENS, 61, CPU), *batch, 11)
+    assert found.item() == pytest.approx(loss_of_logits(model, *batch).item(), rel=1e-5)  # of all 61
 
 
 def test_bfloat16_trains_too_and_leaves_float32_weights(run: Callable[..., Any], make_model: MakeModel) -> None:
@@ -100,7 +100,7 @@ def loss_of_logits(model: GPT2Model, inputs: Tensor, targets: Tensor) -> Tensor:
 def test_accumulated_gradient_is_that_of_the_whole_batch(make_model: MakeModel, micro_batch_size: int) -> None:
     batch = TrainingBatches(TOKENS, 4, 8, seed=1)(0)
     whole, parts = make_model(random=True), make_model(random=True)
-    vocabulary = TextVocabulary(TOKENS, 61, CPU)
+    vocabulary = TextVocabulary.of_text(TOKENS, 61, CPU)
     for model in (whole, parts):
         vocabulary.make_unseen_equal(model.output_projection.weight)
     loss = loss_of_logits(whole, *batch)
@@ -113,8 +113,11 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(make_model: MakeModel, 
 
 def test_mean_loss_weighs_tokens_alike_and_leaves_no_trace(make_model: MakeModel) -> None:
     model = make_model(random=True, dropout=0.5).train()
+    vocabulary = TextVocabulary.of_text(TOKENS, 61, CPU)
+    vocabulary.make_unseen_equal(model.output_projection.weight)
     batches = [TrainingBatches(TOKENS, size, 8, seed=1)(0) for size in (3, 1)]
-    found = mean_loss(model, batches, CPU)
+    batches[1][1][0, :2] = torch.tensor([54, 60])  # which the text lacks
+    found = mean_loss(model, vocabulary, batches)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert found == pytest.approx(loss_of_logits(model.eval(), inputs, targets).item(), rel=1e-5)
@@ -161,7 +164,7 @@ def test_validation_takes_some_windows_at_an_interval_and_all_at_the_end(
 ) -> None:
     counts = []
 
-    def count(model: GPT2Model, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> float:
+    def count(model: GPT2Model, vocabulary: TextVocabulary, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
         counts.append(sum(len(inputs) for inputs, _ in batches))
         return 1.0
 
