@@ -5,8 +5,9 @@ python tests/benchmarks/generation.py --start  python src/infer.py for one token
 python tests/benchmarks/generation.py --int8   what int8 costs: the loss on the test split
 python tests/benchmarks/generation.py --serve  16 clients of `mlflow models serve` for a minute
 
-The first needs nothing but the packages: all models have random weights of the default shape, the same prompt and the
-settings that infer.py has by default (or, with --greedy, temperature 0). The others use what `dvc repro` has made. Each
+In the first, all models have the same shape, prompt and settings, those that infer.py has by default (or, with
+--greedy, temperature 0), and random weights; ours is measured with those that `dvc repro` has trained too, where there
+are any, since it computes equal rows of the output projection once. The others need what `dvc repro` has made. Each
 measurement is a process of its own; nothing else should run meanwhile.
 """
 
@@ -31,7 +32,8 @@ from peers import ROOT, model_config, print_circumstances, transformers_model
 sys.path.insert(0, str(ROOT / "src"))
 
 PROMPT, TOKENS, TEXTS = "The state of the union", 100, (1, 16)
-CONTENDERS = ("transformers", "ours", "ours, int8")
+CONTENDERS = ("transformers", "ours", "ours, int8", "ours, trained", "ours, trained, int8")
+MODEL = ROOT / "data" / "model"
 CLIENTS, CLIENT_TOKENS, PORT = 16, 50, 52440
 
 
@@ -53,9 +55,13 @@ def ours(texts: int, greedy: bool, contender: str) -> Callable[[], object]:
     from gpt2.config import load_params
     from gpt2.generation import GenerationSettings, Text, Writer
     from gpt2.training import build_model
+    from gpt2.weights import load_model
 
-    params = load_params(ROOT / "params.yaml")
-    model = build_model(model_config(params), params.train).eval()
+    if "trained" in contender:
+        model, _ = load_model(MODEL)
+    else:
+        params = load_params(ROOT / "params.yaml")
+        model = build_model(model_config(params), params.train).eval()
     writer = Writer(model, texts, "int8" if "int8" in contender else "none")
     settings = GenerationSettings(max_tokens=TOKENS)
     settings = settings.model_copy(update={"temperature": 0.0}) if greedy else settings
@@ -88,7 +94,8 @@ def compare(rounds: int, greedy: bool) -> None:
     print_circumstances(os.cpu_count() or 1)
     print(f"{'greedy' if greedy else 'sampled'}, {TOKENS} tokens after {PROMPT!r}\n")
     for texts in TEXTS:
-        found: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
+        contenders = [name for name in CONTENDERS if MODEL.exists() or "trained" not in name]
+        found: dict[str, list[float]] = {contender: [] for contender in contenders}
         for _ in range(rounds):
             for contender, speeds in found.items():
                 options = ["--contender", contender, "--texts", str(texts), *(["--greedy"] if greedy else [])]
@@ -97,18 +104,17 @@ def compare(rounds: int, greedy: bool) -> None:
         for contender, speeds in found.items():
             speed = statistics.median(speeds)
             each = ", ".join(f"{one:,.0f}" for one in speeds)
-            print(f"{texts:3} texts, {contender:13}{speed:8,.0f} tokens/s ({each}){speed / peer:8.2f} x", flush=True)
+            print(f"{texts:3} texts, {contender:20}{speed:8,.0f} tokens/s ({each}){speed / peer:8.2f} x", flush=True)
 
 
 def start(rounds: int) -> None:
     """Print the seconds until one token is written, beside those of importing torch and reading the weights."""
     print_circumstances(os.cpu_count() or 1)
-    model = ROOT / "data" / "model"
     infer = (sys.executable, str(ROOT / "src" / "infer.py"), "--prompt", "x", "--max_tokens", "1", "--device", "cpu")
-    reading = f"import torch; open({str(model / 'model.safetensors')!r}, 'rb').read()"
+    reading = f"import torch; open({str(MODEL / 'model.safetensors')!r}, 'rb').read()"
     commands = {
         "import torch, read": (sys.executable, "-c", reading),
-        "infer.py, folder": (*infer, "--model", str(model)),
+        "infer.py, folder": (*infer, "--model", str(MODEL)),
         "infer.py, registry": infer,
     }
     found: dict[str, list[float]] = {name: [] for name in commands}
@@ -132,7 +138,7 @@ def int8_cost() -> None:
     from gpt2.weights import load_model
 
     print_circumstances(os.cpu_count() or 1)
-    model, config = load_model(ROOT / "data" / "model")
+    model, config = load_model(MODEL)
     tokens = load_tokens(ROOT / "data" / "tokens" / "test.bin")
     kinds: tuple[Quantization, ...] = ("none", "int8")
     found = []
