@@ -620,7 +620,13 @@ def test_a_server_that_dies_costs_no_step(checkout: Path, environment: dict[str,
     assert not (folder / "mlflow.db").exists()
 
 
-def test_wrong_params_stop_everything_with_one_line(checkout: Path, shell: Shell) -> None:
+def test_wrong_params_stop_everything_with_one_line_and_lose_nothing(
+    checkout: Path, shell: Shell, reproduced: object
+) -> None:
+    before = digests(checkout)
     failed = shell("dvc exp run -S train.max_steps=0 -S model.n_heads=3", code=255)
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "train.max_steps" in errors[0] and "n_heads" in errors[0]
+    shell("git checkout -q HEAD params.yaml")
+    assert digests(checkout) == before
+    assert "train" not in stages_run(shell("dvc repro").stdout)
