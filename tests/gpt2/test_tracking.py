@@ -234,6 +234,11 @@ def test_the_run_of_a_killed_experiment_goes_on_under_another_name(
     assert [run.info.run_name for run in runs_of(params)][1] == "calm-dog" and len(runs_of(params)) == 2
 
 
+def test_flatten_joins_names_and_keeps_lists() -> None:
+    flat = tracking.flatten({"a": {"b": {"c": 1}, "d": [{"e": 2}]}, "f": None})
+    assert flat == {"a.b.c": 1, "a.d": [{"e": 2}], "f": None}
+
+
 # Its processes have opened no store yet, since MLflow remembers stores, but have loaded what takes long to load.
 FRESH = multiprocessing.get_context("forkserver")
 FRESH.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "pandas", "torch"])
