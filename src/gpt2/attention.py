@@ -37,44 +37,44 @@ class _DropoutAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         heads, scale = q.shape[:2], keep_scale(dropout)
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (G, T, D)
-        outs, log_sums, drops = [], [], []
-        for _, seen, scores in _blocks(q, k):
-            log_sums.append(scores.logsumexp(-1, keepdim=True))  # (G, R, 1)
-            weights = scores.sub_(log_sums[-1]).exp_()
-            drops.append(draw_mask(weights.shape, dropout))
-            outs.append(weights.masked_fill_(drops[-1], 0).mul_(scale).to(v.dtype) @ v[:, seen])
+        outs, masks = [], []
+        for _, seen, weights in _blocks(q, k):
+            masks.append(draw_mask(weights.shape, dropout))
+            outs.append(weights.mul_(masks[-1]).mul_(scale).to(v.dtype) @ v[:, seen])
         out = torch.cat(outs, 1)
-        ctx.save_for_backward(q, k, v, out, *log_sums, *drops)
+        ctx.save_for_backward(q, k, v, out, *masks)
         ctx.scale = scale
         return out.unflatten(0, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, *saved = ctx.saved_tensors
-        log_sums, drops = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        out_gradient, exact = gradients[0].flatten(0, 1), log_sums[0].dtype
+        q, k, v, out, *masks = ctx.saved_tensors
+        out_gradient, exact = gradients[0].flatten(0, 1), _exact(q)
         q_gradients, k_gradient, v_gradient = [], torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
-        for (block, seen, scores), log_sum, drop in zip(_blocks(q, k), log_sums, drops, strict=True):
+        for (block, seen, weights), mask in zip(_blocks(q, k), masks, strict=True):
             gradient = out_gradient[:, block]  # (G, R, D)
-            weights = scores.sub_(log_sum).exp_()
-            weights_gradient = (gradient @ v[:, seen].mT).to(weights.dtype).masked_fill_(drop, 0).mul_(ctx.scale)
-            mean = (gradient * out[:, block]).sum(-1, keepdim=True, dtype=weights.dtype)
-            scores_gradient = weights_gradient.sub_(mean).mul_(weights).mul_(q.shape[-1] ** -0.5).to(q.dtype)
+            kept = (weights * mask).mul_(ctx.scale)
+            mean = (gradient * out[:, block]).sum(-1, keepdim=True, dtype=exact)
+            scores_gradient = (gradient @ v[:, seen].mT).to(exact).mul_(kept).addcmul_(weights, mean, value=-1)
+            scores_gradient = scores_gradient.mul_(q.shape[-1] ** -0.5).to(q.dtype)
             q_gradients.append(scores_gradient @ k[:, seen])
             k_gradient[:, seen] += scores_gradient.mT @ q[:, block]
-            v_gradient[:, seen] += weights.masked_fill_(drop, 0).mul_(ctx.scale).to(v.dtype).mT @ gradient
+            v_gradient[:, seen] += kept.to(v.dtype).mT @ gradient
         found = torch.cat(q_gradients, 1), k_gradient.to(k.dtype), v_gradient.to(v.dtype)
         return *(x.unflatten(0, gradients[0].shape[:2]) for x in found), None
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield for each block its queries, the keys that they see, and their scores (G, R, S) in at least float32."""
-    exact = torch.promote_types(q.dtype, torch.float32)
+    """Yield for each block its queries, the keys that they see, and their weights (G, R, S) in at least float32."""
     for start in range(0, q.shape[1], BLOCK_QUERIES):
         block = slice(start, min(start + BLOCK_QUERIES, q.shape[1]))
         seen = slice(0, block.stop)
-        scores = (q[:, block] @ k[:, seen].mT).to(exact).mul_(q.shape[-1] ** -0.5)
+        scores = (q[:, block] @ k[:, seen].mT).to(_exact(q)).mul_(q.shape[-1] ** -0.5)
         last = scores[:, :, block]  # (G, R, R)
-        last.masked_fill_(torch.ones(last.shape[1:], dtype=torch.bool).triu(1), -math.inf)
-        yield block, seen, scores
+        last += last.new_full(last.shape[1:], -math.inf).triu(1)
+        yield block, seen, scores.softmax(-1)
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -46,9 +46,8 @@ class Decoder:
         self._blocks = [
             _Block(block, quantization) for block in model.transformer_blocks if isinstance(block, TransformerBlock)
         ]
-        vocabulary = TextVocabulary.of_weight(model.output_projection.weight)
-        self._row_of = vocabulary.row_of if vocabulary.last_count > 1 else None  # (V,)
-        self._head = vocabulary.rows(model.output_projection.weight.detach())  # (M + 1, C)
+        self._vocabulary = TextVocabulary.of_weight(model.output_projection.weight)
+        self._head = self._vocabulary.rows(model.output_projection.weight.detach())  # (M + 1, C)
         self._project = fast_linear(self._head, quantization=quantization)
         self._may_shortlist = (
             quantization == "none" and self._device.type == "cpu" and torch.backends.quantized.engine in EXACT_ENGINES
@@ -96,15 +95,13 @@ class Decoder:
     def _forward(self, tokens: Tensor, positions: Tensor, used: int, wanted: int | None = None) -> Tensor:
         self._cache.step(positions, used)
         features = self._features(tokens[:, None])[:, 0]
-        return self.project(features) if wanted is None else self._all_of(self._shortlist(features, wanted))
+        if wanted is None:
+            return self.project(features)
+        return self._vocabulary.all_logits(self._shortlist(features, wanted))
 
     def project(self, features: Tensor) -> Tensor:
         """Map features (..., C) to logits (..., V)."""
-        return self._all_of(self._project(features))
-
-    def _all_of(self, logits: Tensor) -> Tensor:
-        """Give each token (..., V) the logit of its row (..., M + 1)."""
-        return logits if self._row_of is None else logits.index_select(-1, self._row_of)
+        return self._vocabulary.all_logits(self._project(features))
 
     @cached_property
     def _shortlist(self) -> Shortlist:

@@ -63,12 +63,16 @@ class TextVocabulary:
         """Return the rows (M + 1, C) of a weight (V, C); those that the last stands for share its gradient."""
         return _Rows.apply(weight, self) if len(self.unseen) else weight
 
+    def all_logits(self, logits: Tensor) -> Tensor:
+        """Give each token (..., V) the logit of its row (..., M + 1)."""
+        return logits.index_select(-1, self.row_of) if len(self.unseen) else logits
+
 
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, vocabulary: TextVocabulary) -> Tensor:
         ctx.vocabulary = vocabulary
-        return weight[vocabulary.ids]
+        return weight.index_select(0, vocabulary.ids)
 
     @staticmethod
     @once_differentiable
@@ -76,4 +80,4 @@ class _Rows(torch.autograd.Function):
         vocabulary = ctx.vocabulary
         gradient = gradients[0].clone()
         gradient[-1] /= vocabulary.last_count
-        return gradient[vocabulary.row_of], None
+        return gradient.index_select(0, vocabulary.row_of), None

@@ -43,12 +43,12 @@ def pytorchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def plain(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """The formula, whole, with the masks that the blocks draw."""
     length = q.shape[2]
-    dropped = torch.zeros(6, length, length, dtype=torch.bool)
+    mask = torch.zeros(6, length, length)
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
-        dropped[:, start:end, :end] = draw_mask(torch.Size((6, end - start, end)), dropout)
+        mask[:, start:end, :end] = draw_mask(torch.Size((6, end - start, end)), dropout)
     scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
-    return (scores.softmax(-1).masked_fill(dropped.unflatten(0, (2, 3)), 0) * keep_scale(dropout)) @ v
+    return (scores.softmax(-1) * mask.unflatten(0, (2, 3)) * keep_scale(dropout)) @ v
 
 
 @pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 1])

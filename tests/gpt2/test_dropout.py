@@ -32,8 +32,8 @@ def test_mask_is_the_seeds() -> None:
 
 def test_all_bytes_are_equally_likely() -> None:
     torch.manual_seed(1)
-    dropped = draw_mask(torch.Size((8_000,)), 0.5).unflatten(0, (-1, 8)).float().mean(0)  # by place in a draw
-    torch.testing.assert_close(dropped, torch.full((8,), 0.5), atol=0.06, rtol=0)
+    kept = draw_mask(torch.Size((8_000,)), 0.5).unflatten(0, (-1, 8)).float().mean(0)  # by place in a draw
+    torch.testing.assert_close(kept, torch.full((8,), 0.5), atol=0.06, rtol=0)
 
 
 @pytest.mark.parametrize("layer", [Dropout(0.0), Dropout(0.5).eval()])

@@ -48,7 +48,9 @@ def test_a_weight_tells_what_its_text_lacked() -> None:
     weight = torch.tensor([[1.0, 2.0], [5.0, 6.0], [5.0, 7.0], [5.0, 6.0], [3.0, 4.0]])
     text = TextVocabulary.of_weight(weight)
     assert text.unseen.tolist() == [1, 3] and text.last_count == 2
-    assert torch.equal(text.rows(weight)[text.row_of], weight)
+    rows = text.rows(weight)
+    assert torch.equal(rows[text.row_of], weight)
+    assert torch.equal(text.all_logits(rows.T), weight.T)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
