@@ -37,8 +37,11 @@ TINY: dict[str, Any] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put slow tests first: two that run tests side by side then end together."""
+    """Let two that run tests side by side end together: slow tests first, and one of the two makes `reproduced`."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        if "reproduced" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("reproduced"))
 
 
 @pytest.fixture(scope="session")

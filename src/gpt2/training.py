@@ -186,16 +186,19 @@ def accumulate_gradients(
     """
     device = vocabulary.ids.device
     total = torch.zeros((), device=device)
+    weight_rows = vocabulary.rows(model.output_projection.weight)
+    rows = weight_rows.detach().requires_grad_()  # whose gradient goes on to the whole weight only once, in the end
     if on_gpu := device.type == "cuda":
         # Copying does not wait for the device then.
         inputs, targets = (tokens.contiguous().pin_memory() for tokens in (inputs, targets))
     for micro_batch in zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
         x, y = (tokens.to(device, non_blocking=on_gpu) for tokens in micro_batch)
-        features, rows = model.features(x).flatten(0, 1), vocabulary.rows(model.output_projection.weight)
+        features = model.features(x).flatten(0, 1)
         loss = linear_cross_entropy(features, rows, vocabulary.row_of[y.flatten()], vocabulary.last_count)
         loss = loss * (len(x) / len(inputs))
         loss.backward()
         total += loss.detach()
+    weight_rows.backward(rows.grad)
     return total
 
 
