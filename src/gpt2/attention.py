@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2.dropout import draw_mask, keep_scale
+from gpt2.runtime import exact_format
 
 BLOCK_QUERIES = 128
 
@@ -50,7 +51,7 @@ class _DropoutAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, *masks = ctx.saved_tensors
-        out_gradient, exact = gradients[0].flatten(0, 1), _exact(q)
+        out_gradient, exact = gradients[0].flatten(0, 1), exact_format(q)
         q_gradients, k_gradient, v_gradient = [], torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
         for (block, seen, weights), mask in zip(_blocks(q, k), masks, strict=True):
             gradient = out_gradient[:, block]  # (G, R, D)
@@ -70,11 +71,7 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     for start in range(0, q.shape[1], BLOCK_QUERIES):
         block = slice(start, min(start + BLOCK_QUERIES, q.shape[1]))
         seen = slice(0, block.stop)
-        scores = (q[:, block] @ k[:, seen].mT).to(_exact(q)).mul_(q.shape[-1] ** -0.5)
+        scores = (q[:, block] @ k[:, seen].mT).to(exact_format(q)).mul_(q.shape[-1] ** -0.5)
         last = scores[:, :, block]  # (G, R, R)
         last += last.new_full(last.shape[1:], -math.inf).triu(1)
         yield block, seen, scores.softmax(-1)
-
-
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

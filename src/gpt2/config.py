@@ -14,6 +14,7 @@ from gpt2.cli import UserError
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 MOST = 2**31  # all counts are below it
+MOST_SIZE = 2**20  # of a matrix or a batch
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -33,6 +34,12 @@ def _device(name: str) -> str:
 def _auto_or_bool(value: Any) -> Any:
     if value != "auto" and not isinstance(value, bool):
         raise ValueError("should be auto, true or false")
+    return value
+
+
+def _auto_or_size(value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MOST_SIZE):
+        raise ValueError(f"should be auto or an integer from 1 to {MOST_SIZE}")
     return value
 
 
@@ -59,7 +66,7 @@ def _number(value: Any) -> Any:
 Device = Annotated[str, AfterValidator(_device)]
 Float = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[int, Field(gt=0, lt=MOST)]
-Size = Annotated[int, Field(gt=0, le=2**20)]
+Size = Annotated[int, Field(gt=0, le=MOST_SIZE)]
 Natural = Annotated[int, Field(ge=0, lt=MOST)]
 Fraction = Annotated[Float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -93,7 +100,7 @@ class TrainParams(Section):
     seed: Natural
     max_steps: Count
     batch_size: Size
-    micro_batch_size: Size
+    micro_batch_size: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_size)]
     sequence_length: Size
     initialization: Literal["bigrams", "random"]
     optimizer: Literal["adamw", "muon"]

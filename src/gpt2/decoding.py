@@ -6,7 +6,7 @@ matrix, and on request in int8. The logits are GPT2Model's, to rounding; int8 ch
 Shapes: B texts, each in a row; R of these rows; T positions, C d_model, H heads, D head size, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gpt2.cache import KeyValueCache
 from gpt2.cli import UserError
+from gpt2.cuda_graph import Function, record
 from gpt2.model import GPT2Model, TransformerBlock
 from gpt2.quantization import Map, Shortlist, int8_linear
 from gpt2.text_vocabulary import TextVocabulary
@@ -82,7 +83,8 @@ class Decoder:
         If only the `wanted` largest logits are needed, the others may be -inf.
         """
         if self._replay:
-            return self._replay(torch.tensor(tokens), torch.tensor(positions))
+            (logits,) = self._replay(torch.tensor(tokens), torch.tensor(positions))
+            return logits[: len(tokens)]
         new, new_positions = (torch.tensor(numbers, device=self._device) for numbers in (tokens, positions))
         self._steps += 1
         shortlisted = self._may_shortlist and self._steps > SHORTLIST_AFTER
@@ -115,25 +117,10 @@ class Decoder:
         return self._model.layer_norm(x)
 
     @torch.inference_mode()
-    def _record(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return a step of all rows as a CUDA graph, which launches its kernels at once. It writes into the cache."""
-        tokens, positions = (torch.zeros(self.rows, dtype=torch.long, device=self._device) for _ in range(2))
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            self._forward(tokens, positions, self._model.max_len)  # loads what must not be loaded while recording
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            logits = self._forward(tokens, positions, self._model.max_len)
-
-        def replay(new_tokens: Tensor, new_positions: Tensor) -> Tensor:
-            tokens[: len(new_tokens)] = new_tokens.to(self._device)
-            positions[: len(new_positions)] = new_positions.to(self._device)
-            graph.replay()
-            return logits[: len(new_tokens)]
-
-        return replay
+    def _record(self) -> Function:
+        """Return a step of all rows, of tokens and positions (B,), as a CUDA graph. It writes into the cache."""
+        nothing = torch.zeros(2, self.rows, dtype=torch.long, device=self._device)
+        return record(lambda tokens, positions: (self._forward(tokens, positions, self._model.max_len),), *nothing)
 
 
 class _Block:

@@ -37,10 +37,17 @@ SPARED = 2  # dimensions: the mean's, which layer norm takes away, and the unigr
 def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
     """Initialize a model on any device from a text's tokens (N,), at most the first COUNTED_TOKENS.
 
-    C must be 3 or more, and the weights not tied. Computes on the CPU, and draws from PyTorch's generator.
+    C must be 3 or more, and the weights not tied. Computes on a CUDA device if the model is there, else on the CPU, and
+    draws from PyTorch's generator.
     """
+    device = model.output_projection.weight.device
+    with device if device.type == "cuda" else torch.device("cpu"):
+        _start_from_bigrams(model, torch.tensor(tokens[:COUNTED_TOKENS].astype(np.int64)))
+
+
+def _start_from_bigrams(model: GPT2Model, tokens: Tensor) -> None:
     vocab_size, width = model.output_projection.weight.shape
-    seen, text = torch.unique(torch.from_numpy(tokens[:COUNTED_TOKENS].astype(np.int64)), return_inverse=True)
+    seen, text = torch.unique(tokens, return_inverse=True)
     bigrams = count_bigrams(text, len(seen))
     blocks = [block for block in model.transformer_blocks if isinstance(block, TransformerBlock)]
     head_size = width // blocks[0].attention.n_heads

@@ -7,6 +7,7 @@ Shapes: N rows (batch times positions), C d_model, V vocabulary, R rows of a chu
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -14,19 +15,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gpt2.runtime import ALIGNED_COLUMNS, exact_format
+
 CHUNK_BYTES = 2**28  # of logits at most: enough rows for fast matrix products, few enough to weigh little
 CACHED_ROWS = 32  # whose softmax stays in a processor's cache
-ALIGNED_COLUMNS = 64  # rows that begin at multiples of this make the products up to twice as fast
 
 
-def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, last_count: int = 1) -> Tensor:
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, targets: Tensor, last_count: int = 1, compiled: bool = False
+) -> Tensor:
     """Return the mean cross-entropy () in nats of targets (N,) under the logits features (N, C) @ weight (V, C).T.
 
     Gradients are computed in the forward pass. The last row of weight stands for `last_count` equal ones; its gradient
     is the sum of theirs. Matrix products run in autocast's format where it is on; the softmax and the sums never below
-    float32.
+    float32. If `compiled`, a GPU computes the softmax by torch.compile, which reads the logits far less often.
     """
-    return _LinearCrossEntropy.apply(features, weight, targets, last_count)
+    softmax = _compiled_softmax() if compiled and features.device.type == "cuda" else _softmax_
+    return _LinearCrossEntropy.apply(features, weight, targets, last_count, softmax)
 
 
 def _operands(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,15 +61,17 @@ def _memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, last_count: int) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, last_count: int, softmax: Callable[..., Tensor]
+    ) -> Tensor:
         inputs, matrix, buffer = _operands(features, weight)
         with torch.autocast(features.device.type, enabled=False):
-            total = features.new_zeros((), dtype=torch.promote_types(buffer.dtype, torch.float32))
+            total = features.new_zeros((), dtype=exact_format(buffer))
             features_gradients: list[Tensor] = []
             weight_gradient: Tensor | None = None
             for rows, target in zip(inputs.split(len(buffer)), targets.split(len(buffer)), strict=True):
                 logits = torch.mm(rows, matrix.T, out=buffer[: len(rows)])  # (R, V)
-                total += _softmax_(logits, target, last_count, 1 / len(inputs))
+                total += softmax(logits, target, last_count, 1 / len(inputs))
                 features_gradients.append((logits @ matrix).to(features.dtype))
                 part = logits.T @ rows
                 weight_gradient = part.to(weight.dtype) if weight_gradient is None else weight_gradient.add_(part)
@@ -73,9 +80,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         features_gradient, weight_gradient = ctx.saved_tensors
-        return features_gradient * gradients[0], weight_gradient * gradients[0], None, None
+        return features_gradient * gradients[0], weight_gradient * gradients[0], None, None, None
 
 
 def _softmax_(logits: Tensor, targets: Tensor, last_count: int, scale: float) -> Tensor:
@@ -84,18 +91,23 @@ def _softmax_(logits: Tensor, targets: Tensor, last_count: int, scale: float) ->
     The last column counts last_count times.
     """
     cached = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    total = logits.new_zeros((), dtype=exact)
+    total = logits.new_zeros((), dtype=exact_format(logits))
     for rows, target in zip(logits.split(cached), targets[:, None].split(cached), strict=True):
-        values = rows.to(exact)  # the same memory if the logits are as exact
-        largest = values.amax(1, keepdim=True)
-        target_logits = values.gather(1, target)
-        values[:, -1] += math.log(last_count)
-        sums = values.sub_(largest).exp_().sum(1, keepdim=True)
+        values = rows.to(total.dtype)  # the same memory if the logits are as exact
+        largest, target_logits = values.amax(1, keepdim=True), values.gather(1, target)
+        values.sub_(largest).exp_()
+        values[:, -1] *= last_count
+        sums = values.sum(1, keepdim=True)
         total += (sums.log() + largest - target_logits).sum()
-        values.mul_(scale / sums).scatter_add_(1, target, values.new_full(target.shape, -scale))
-        rows.copy_(values)
+        shares = scale / sums
+        target_gradients = values.gather(1, target) * shares - scale
+        torch.mul(values, shares, out=rows).scatter_(1, target, target_gradients.to(rows.dtype))
     return total
+
+
+@lru_cache(maxsize=1)
+def _compiled_softmax() -> Callable[..., Tensor]:
+    return torch.compile(_softmax_)
 
 
 @torch.no_grad()
@@ -109,7 +121,7 @@ def token_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, last_
             logits = torch.mm(rows, matrix.T, out=buffer[: len(rows)])  # (R, V)
             cached = CACHED_ROWS if device == "cpu" else len(logits)
             for part, label in zip(logits.split(cached), target.split(cached), strict=True):
-                exact = part.to(torch.promote_types(part.dtype, torch.float32))
+                exact = part.to(exact_format(part))
                 target_logits = exact.gather(1, label[:, None])[:, 0]
                 exact[:, -1] += math.log(last_count)
                 losses.append(exact.logsumexp(1) - target_logits)

@@ -11,12 +11,15 @@ from typing import Literal
 
 import psutil
 import torch
+from torch import Tensor
 
 from gpt2.cli import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 NEVER_TRIM = 2**31 - 1
 COMPILED_STEPS = 10_000  # a step of the default model takes a GPU some hundredths of a second, compiling a minute
+MICRO_BATCH_SIZE, GPU_MICRO_BATCH_SIZE = 4, 32  # sequences: few enough for a processor's cache, enough to fill a GPU
+ALIGNED_COLUMNS = 64  # matrices whose rows begin at multiples of this are multiplied up to twice as fast
 
 
 def choose_device(name: str) -> torch.device:
@@ -45,6 +48,13 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def choose_micro_batch_size(setting: Literal["auto"] | int, device: torch.device) -> int:
+    """Return how many sequences to compute at once; "auto" lets memory grow where that is faster."""
+    if setting == "auto":
+        return MICRO_BATCH_SIZE if device.type == "cpu" else GPU_MICRO_BATCH_SIZE
+    return setting
+
+
 def choose_compilation(setting: Literal["auto"] | bool, device: torch.device, steps: int) -> bool:
     """Return whether to compile; "auto" does on a GPU, in a training long enough to win back compiling's time.
 
@@ -65,6 +75,11 @@ def _can_compile(device: torch.device) -> bool:
     else:
         names = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
     return any(map(shutil.which, names)) and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+def exact_format(x: Tensor) -> torch.dtype:
+    """Return the number format for sums over x: its own, but at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

@@ -5,7 +5,7 @@ equal, each step gives them equal gradients and they stay equal; so one row can 
 times. The loss and every gradient remain those of the whole vocabulary, and half of GPT-2's is enough for a small text.
 The trained model's logits too can be had for half of the work.
 
-Shapes: N tokens of the text, M different ones among them, V vocabulary, C d_model.
+Shapes: N tokens of the text, M tokens with rows of their own, V vocabulary, C d_model.
 """
 
 from typing import Any, Self
@@ -16,20 +16,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2.batches import Tokens
+from gpt2.runtime import ALIGNED_COLUMNS
 
 READ_TOKENS = 2**24  # at once
 
 
 class TextVocabulary:
-    """Maps ids of the vocabulary (V,) to rows: one for each token that a text has, and a last one for all others."""
+    """Maps ids of the vocabulary (V,) to rows: one for each token that a text has, and a last one for all others.
+
+    A few of these have rows of their own, so that the number of rows is good for matrix products.
+    """
 
     def __init__(self, unseen: Tensor) -> None:
         """`unseen` tells of each token (V,) whether the text lacks it."""
-        self.unseen = unseen.nonzero()[:, 0]
-        seen = (~unseen).nonzero()[:, 0]
-        self.ids = torch.cat([seen, self.unseen[:1]])  # (M + 1,), of each row one; (M,) if the text has every token
-        self.row_of = torch.full_like(unseen, len(seen), dtype=torch.long)
-        self.row_of[seen] = torch.arange(len(seen), device=seen.device)
+        alone, self.unseen = (~unseen).nonzero()[:, 0], unseen.nonzero()[:, 0]
+        if (spare := -(len(alone) + 1) % ALIGNED_COLUMNS) < len(self.unseen):
+            alone, self.unseen = torch.cat([alone, self.unseen[:spare]]), self.unseen[spare:]
+        self.ids = torch.cat([alone, self.unseen[:1]])  # (M + 1,), of each row one; (M,) if the text has every token
+        self.row_of = torch.full_like(unseen, len(alone), dtype=torch.long)
+        self.row_of[alone] = torch.arange(len(alone), device=alone.device)
 
     @classmethod
     def of_text(cls, tokens: Tokens, vocab_size: int, device: torch.device) -> Self:

@@ -18,12 +18,21 @@ from gpt2.batches import Tokens, TrainingBatches, validation_batches
 from gpt2.checkpoints import Checkpoints
 from gpt2.cli import Stopped, UserError, stop_requests
 from gpt2.config import ModelConfig, TrainParams
+from gpt2.cuda_graph import Function, record
 from gpt2.curves import History, LogMetrics
 from gpt2.initialization import start_from_bigrams
 from gpt2.loss import linear_cross_entropy, perplexity, token_cross_entropy
 from gpt2.model import GPT2Model
 from gpt2.optimization import build_optimizers, schedule, set_learning_rates
-from gpt2.runtime import autocast, check_memory, choose_compilation, choose_device, choose_precision, peak_memory_bytes
+from gpt2.runtime import (
+    autocast,
+    check_memory,
+    choose_compilation,
+    choose_device,
+    choose_micro_batch_size,
+    choose_precision,
+    peak_memory_bytes,
+)
 from gpt2.text_vocabulary import TextVocabulary
 
 
@@ -32,10 +41,12 @@ def build_model(config: ModelConfig, params: TrainParams) -> GPT2Model:
     with torch.device("meta"):
         parameters = GPT2Model(**config.model_dump()).count_parameters()
     weights_bytes = parameters * 4 * 3  # with gradients and the least that an optimizer keeps
-    micro_batch_tokens = min(params.micro_batch_size, params.batch_size) * params.sequence_length
+    device = choose_device(params.device)
+    micro_batch_size = choose_micro_batch_size(params.micro_batch_size, device)
+    micro_batch_tokens = min(micro_batch_size, params.batch_size) * params.sequence_length
     activations_bytes = micro_batch_tokens * config.d_model * config.n_layers * 4
     batch_bytes = params.batch_size * params.sequence_length * 8 * 2
-    check_memory(weights_bytes + activations_bytes + batch_bytes, choose_device(params.device))
+    check_memory(weights_bytes + activations_bytes + batch_bytes, device)
     torch.manual_seed(params.seed)
     return GPT2Model(**config.model_dump())
 
@@ -61,7 +72,8 @@ def train(
     """
     device = choose_device(params.device)
     precision = choose_precision(params.precision, device)
-    if choose_compilation(params.compile, device, params.max_steps):
+    micro_batch_size = choose_micro_batch_size(params.micro_batch_size, device)
+    if compiled := choose_compilation(params.compile, device, params.max_steps):
         for block in model.transformer_blocks:
             block.compile()
     batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
@@ -69,7 +81,7 @@ def train(
     optimizers = build_optimizers(model.to(device), params, precision)
     meter = Meter(batch_tokens=params.batch_size * params.sequence_length)
     history: History = []
-    val_batches = partial(validation_batches, val_tokens, params.micro_batch_size, params.sequence_length)
+    val_batches = partial(validation_batches, val_tokens, micro_batch_size, params.sequence_length)
     val_batches()  # raises now, not at the first validation
 
     def log(step: int, metrics: dict[str, float]) -> None:
@@ -79,6 +91,13 @@ def train(
     def validate(max_windows: int | None) -> float:
         with meter.paused(), autocast(device, precision):
             return mean_loss(model, vocabulary, val_batches(max_windows))
+
+    def clipped_gradients(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss () and the gradient's norm () before it is clipped."""
+        model.zero_grad()
+        with autocast(device, precision):
+            loss = accumulate_gradients(model, vocabulary, inputs, targets, micro_batch_size, compiled)
+        return loss, nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
 
     def check_finite(name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
@@ -115,15 +134,16 @@ def train(
             vocabulary.make_unseen_equal(model.output_projection.weight)
 
     model.train()
+    compute: Function = clipped_gradients
+    if device.type == "cuda":
+        compute = record(clipped_gradients, *(tokens.to(device) for tokens in batches(start)))
     done, steps = start, range(start, params.max_steps)
     progress = tqdm(steps, "train", params.max_steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1)
     with stop_requests() as stop_signal:
         for step in progress:
             torch.manual_seed(params.seed + step)  # dropout too is a pure function of (seed, step)
             set_learning_rates(optimizers, step, params)
-            with autocast(device, precision):
-                loss = accumulate_gradients(model, vocabulary, *batches(step), params.micro_batch_size)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
+            loss, norm = compute(*batches(step))
             done = step + 1
             if meter.bad_steps < params.max_bad_steps and not math.isfinite(loss + norm):
                 meter.bad_steps += 1
@@ -132,7 +152,6 @@ def train(
                 for optimizer in optimizers:
                     optimizer.step()
                 meter.add(done, loss, norm)
-            model.zero_grad()
 
             last = done == params.max_steps
             if (last or done % params.log_interval == 0) and meter.unread():
@@ -178,23 +197,25 @@ def train(
 
 
 def accumulate_gradients(
-    model: GPT2Model, vocabulary: TextVocabulary, inputs: Tensor, targets: Tensor, micro_batch_size: int
+    model: GPT2Model,
+    vocabulary: TextVocabulary,
+    inputs: Tensor,
+    targets: Tensor,
+    micro_batch_size: int,
+    compiled: bool = False,
 ) -> Tensor:
     """Add the gradient of the batch's mean loss to the parameters, a micro-batch at a time; return that loss ().
 
-    inputs and targets are (B, T), on the CPU; every target occurs in the training text.
+    inputs and targets are (B, T); every target occurs in the training text.
     """
     device = vocabulary.ids.device
     total = torch.zeros((), device=device)
     weight_rows = vocabulary.rows(model.output_projection.weight)
     rows = weight_rows.detach().requires_grad_()  # whose gradient goes on to the whole weight only once, in the end
-    if on_gpu := device.type == "cuda":
-        # Copying does not wait for the device then.
-        inputs, targets = (tokens.contiguous().pin_memory() for tokens in (inputs, targets))
     for micro_batch in zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
-        x, y = (tokens.to(device, non_blocking=on_gpu) for tokens in micro_batch)
+        x, y = (tokens.to(device) for tokens in micro_batch)
         features = model.features(x).flatten(0, 1)
-        loss = linear_cross_entropy(features, rows, vocabulary.row_of[y.flatten()], vocabulary.last_count)
+        loss = linear_cross_entropy(features, rows, vocabulary.row_of[y.flatten()], vocabulary.last_count, compiled)
         loss = loss * (len(x) / len(inputs))
         loss.backward()
         total += loss.detach()

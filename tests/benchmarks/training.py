@@ -3,9 +3,9 @@
 python tests/benchmarks/training.py                 the steps of our training, of transformers' and of a plain loop
 python tests/benchmarks/training.py --time-to-loss  how soon ours has the loss of transformers after 600,000 tokens
 
-Ours is what params.yaml says. Every contender takes the same batches of the training split (run `dvc repro prepare`
-first), clips its gradient and drops out alike. Each measurement is a process of its own; nothing else should run
-meanwhile.
+Ours is what params.yaml says; on a GPU, ours and transformers' are measured compiled too. Every contender takes the
+same batches of the training split (run `dvc repro prepare` first), clips its gradient and drops out alike. Each
+measurement is a process of its own; nothing else should run meanwhile.
 """
 
 import argparse
@@ -48,6 +48,7 @@ from gpt2.text_vocabulary import TextVocabulary
 from gpt2.tokenizer import VOCAB_SIZE
 from gpt2.training import build_model, train
 
+GPU_STEPS = 50  # are timed together on a GPU
 PEER_TOKENS, PEER_RATE, PEER_WARMUP = 600_000, 6e-4, 10
 Step = Callable[[int], object]
 
@@ -102,7 +103,21 @@ def transformers(params: Params, batches: TrainingBatches, device: torch.device,
     return plain(model, lambda tokens: model(tokens).logits, params, batches, device, precision)
 
 
-PEERS = {"transformers": transformers, "plain loop": plain_loop}
+def transformers_compiled(
+    params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype
+) -> Step:
+    model = transformers_model(params, use_cache=False).to(device).train()
+    compiled: Any = torch.compile(model)
+    return plain(model, lambda tokens: compiled(tokens).logits, params, batches, device, precision)
+
+
+OURS: dict[str, dict[str, Any]] = {"ours": {}, "ours, compiled": {"compile": True}}
+PEERS = {
+    "transformers": transformers,
+    "transformers, compiled": transformers_compiled,
+    "plain loop": plain_loop,
+}
+ON_A_GPU = {"ours, compiled", "transformers, compiled"}
 
 
 def product_rate(device: torch.device, precision: torch.dtype) -> float:
@@ -126,7 +141,10 @@ def wait(device: torch.device) -> None:
 
 def measure(name: str, steps: int, precision_name: str, batch_size: int | None) -> dict[str, float]:
     """Return the median seconds of a step, the part of them spent on reading data, and the peak memory."""
-    params, device, precision, tokens = prepare(precision_name, batch_size=batch_size, log_interval=1)
+    on_gpu = choose_device(load_params(ROOT / "params.yaml").train.device).type == "cuda"
+    together = GPU_STEPS if on_gpu else 1
+    changes = {"log_interval": together, "max_steps": together * (steps + 2)} | OURS.get(name, {})
+    params, device, precision, tokens = prepare(precision_name, batch_size=batch_size, **changes)
     setting = params.train
     batches = TrainingBatches(tokens["train"], setting.batch_size, setting.sequence_length, setting.seed)
     seconds: list[float] = []
@@ -137,28 +155,29 @@ def measure(name: str, steps: int, precision_name: str, batch_size: int | None) 
         if len(seconds) > steps:
             raise Enough
 
-    if name == "ours":
+    if name in OURS:
         with suppress(Enough):
             ours(params, tokens, note)
     else:
         step = PEERS[name](params, batches, device, precision)
-        for index in range(steps + 1):
+        for first in range(0, together * (steps + 1), together):
             wait(device)
             began = time.perf_counter()
-            step(index)
+            for index in range(first, first + together):
+                step(index)
             wait(device)
-            seconds.append(time.perf_counter() - began)
+            seconds.append((time.perf_counter() - began) / together)
     began = time.perf_counter()
     batches(steps)
     reading = time.perf_counter() - began
-    median = statistics.median(seconds[1:])  # the first step is for warming up
+    median = statistics.median(seconds[1:])  # the first is for warming up
     vocabulary = TextVocabulary.of_text(tokens["train"], VOCAB_SIZE, device)
     return {
         "seconds": median,
         "reading": reading / median,
         "memory": peak_memory_bytes(device),
         "product": product_rate(device, precision),
-        "logits": len(vocabulary.ids) if name == "ours" else VOCAB_SIZE,
+        "logits": len(vocabulary.ids) if name in OURS else VOCAB_SIZE,
     }
 
 
@@ -182,32 +201,34 @@ def in_a_process(*arguments: str) -> dict[str, float]:
 
 
 def compare(rounds: int, steps: int, precision: str) -> None:
-    print_setting(precision)
+    device = print_setting(precision)
     params = load_params(ROOT / "params.yaml")
     batch_tokens = params.train.batch_size * params.train.sequence_length
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *PEERS)}
+    contenders = [name for name in (*OURS, *PEERS) if device.type == "cuda" or name not in ON_A_GPU]
+    best = "ours, compiled" if device.type == "cuda" else "ours"
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, found in results.items():
             found.append(in_a_process("--contender", name, "--steps", str(steps), "--precision", precision))
             print(f"  {name}: {batch_tokens / found[-1]['seconds']:,.0f} tokens/s", flush=True)
     larger = str(2 * params.train.batch_size)
-    twice = in_a_process("--contender", "ours", "--precision", precision, "--batch-size", larger)
+    twice = in_a_process("--contender", best, "--precision", precision, "--batch-size", larger)
 
     def median(name: str, key: str) -> float:
         return statistics.median(found[key] for found in results[name])
 
-    print(f"\n{'':14}{'tokens/s':>10}{'memory':>10}{'ours is':>16}{'ours needs':>12}")
+    print(f"\n{'':24}{'tokens/s':>10}{'memory':>10}{best + ' is':>24}{'and needs':>12}")
     for name in results:
         print(
-            f"{name:14}{batch_tokens / median(name, 'seconds'):>10,.0f}{median(name, 'memory') / 1e9:>8.2f}GB"
-            f"{median(name, 'seconds') / median('ours', 'seconds'):>9.2f} x fast"
-            f"{median('ours', 'memory') / median(name, 'memory'):>11.0%}"
+            f"{name:24}{batch_tokens / median(name, 'seconds'):>10,.0f}{median(name, 'memory') / 1e9:>8.2f}GB"
+            f"{median(name, 'seconds') / median(best, 'seconds'):>17.2f} x fast"
+            f"{median(best, 'memory') / median(name, 'memory'):>11.0%}"
         )
-    rate = operations_per_token(params, int(results["ours"][0]["logits"])) * batch_tokens / median("ours", "seconds")
-    growth = (twice["memory"] - median("ours", "memory")) / batch_tokens * 1000
-    print(f"ours: {rate / 1e9:,.0f} GFLOP/s, {rate / median('ours', 'product'):.0%} of a large matrix product's")
-    print(f"ours: {growth / 1e6:.1f} MB for each further 1,000 tokens in a step")
-    print(f"ours: {median('ours', 'reading'):.2%} of a step goes into reading data")
+    rate = operations_per_token(params, int(results[best][0]["logits"])) * batch_tokens / median(best, "seconds")
+    growth = (twice["memory"] - median(best, "memory")) / batch_tokens * 1000
+    print(f"{best}: {rate / 1e9:,.0f} GFLOP/s, {rate / median(best, 'product'):.0%} of a large matrix product's")
+    print(f"{best}: {growth / 1e6:.1f} MB for each further 1,000 tokens in a step")
+    print(f"{best}: {median(best, 'reading'):.2%} of a step goes into reading data")
 
 
 def operations_per_token(params: Params, logits: int) -> int:
@@ -217,7 +238,7 @@ def operations_per_token(params: Params, logits: int) -> int:
     return 6 * (weights + shape.n_layers * params.train.sequence_length * shape.d_model)
 
 
-def print_setting(precision: str) -> None:
+def print_setting(precision: str) -> torch.device:
     params, device, chosen, _ = prepare(precision)
     print_circumstances(params.train.threads)
     if device.type == "cuda":
@@ -226,6 +247,7 @@ def print_setting(precision: str) -> None:
         f"{device.type}, {chosen}, batch {params.train.batch_size} x {params.train.sequence_length}, "
         f"dropout {params.model.dropout}"
     )
+    return device
 
 
 def time_to_loss(precision_name: str) -> None:
@@ -234,7 +256,7 @@ def time_to_loss(precision_name: str) -> None:
     params, device, precision, tokens = prepare(precision_name, eval_interval=2)
     setting = params.train
     validation = partial(
-        validation_batches, tokens["val"], setting.micro_batch_size, setting.sequence_length, setting.eval_windows
+        validation_batches, tokens["val"], setting.batch_size, setting.sequence_length, setting.eval_windows
     )
     batches = TrainingBatches(tokens["train"], setting.batch_size, setting.sequence_length, setting.seed)
     steps = round(PEER_TOKENS / (setting.batch_size * setting.sequence_length))
@@ -269,10 +291,12 @@ def time_to_loss(precision_name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="measured in each round")
+    parser.add_argument(
+        "--steps", type=int, default=3, help=f"measured in each round; on a GPU {GPU_STEPS} times as many"
+    )
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--time-to-loss", action="store_true")
-    parser.add_argument("--contender", choices=("ours", *PEERS), help=argparse.SUPPRESS)
+    parser.add_argument("--contender", choices=(*OURS, *PEERS), help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contender:

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from gpt2 import loss
 from gpt2.loss import linear_cross_entropy, token_cross_entropy
+from gpt2.runtime import ALIGNED_COLUMNS
 
 CHUNK_ROWS = 4  # of float64
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(loss, "CHUNK_BYTES", CHUNK_ROWS * loss.ALIGNED_COLUMNS * 8)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", CHUNK_ROWS * ALIGNED_COLUMNS * 8)
     monkeypatch.setattr(loss, "CACHED_ROWS", CHUNK_ROWS - 1)
     loss._memory.cache_clear()
     yield

@@ -44,6 +44,15 @@ def test_seen_rows_stay_and_unseen_ones_get_their_mean() -> None:
     assert text.last_count == 2
 
 
+@pytest.mark.parametrize(("seen", "rows"), [(10, 64), (63, 64), (64, 128), (191, 192), (192, 193), (200, 200)])
+def test_the_number_of_rows_is_good_for_products_where_enough_tokens_are_unseen(seen: int, rows: int) -> None:
+    text = TextVocabulary.of_text(np.arange(seen, dtype=np.uint16), 200, CPU)
+    assert len(text.ids) == rows == len(set(text.row_of.tolist())) and text.last_count == 200 - rows + 1
+    weight = torch.randn(200, 3)
+    text.make_unseen_equal(weight)
+    assert torch.equal(text.rows(weight)[text.row_of], weight)
+
+
 def test_a_weight_tells_what_its_text_lacked() -> None:
     weight = torch.tensor([[1.0, 2.0], [5.0, 6.0], [5.0, 7.0], [5.0, 6.0], [3.0, 4.0]])
     text = TextVocabulary.of_weight(weight)
