@@ -245,17 +245,23 @@ class Meter:
     def __init__(self, batch_tokens: int) -> None:
         self.batch_tokens = batch_tokens
         self.bad_steps = 0
-        self._unread: list[tuple[int, Tensor, Tensor]] = []
+        self._on_device: list[tuple[int, Tensor, Tensor]] = []
+        self._unread: list[tuple[int, float, float]] = []
         self._steps, self._seconds = 0, 0.0
         self._started = time.perf_counter()
 
     def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Count one step. Loss and norm () stay on their device, unread: reading them would wait for the device."""
-        self._unread.append((step, loss, norm))
+        """Count one step. Loss and norm () stay on their device: reading them would wait for it."""
+        self._on_device.append((step, loss, norm))
 
     def unread(self) -> list[tuple[int, float, float]]:
-        """Return step, loss and gradient norm of the steps since the last reading."""
-        return [(step, float(loss), float(norm)) for step, loss, norm in self._unread]
+        """Return step, loss and gradient norm of the steps since the last reading; wait for the device once."""
+        if self._on_device:
+            steps, losses, norms = zip(*self._on_device, strict=True)
+            values = torch.stack([*losses, *norms]).tolist()
+            self._unread += zip(steps, values[: len(steps)], values[len(steps) :], strict=True)
+            self._on_device = []
+        return self._unread
 
     def read(self) -> tuple[float, float]:
         """Return the mean loss and the tokens per second of the steps added since the last reading."""
@@ -289,7 +295,7 @@ class Meter:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self._unread = [(step, torch.tensor(loss), torch.tensor(norm)) for step, loss, norm in state["unread"]]
+        self._unread = [(step, loss, norm) for step, loss, norm in state["unread"]]
         self._started = time.perf_counter() - state["seconds_unread"]
         self._steps, self._seconds = state["steps"], state["seconds"]
         self.bad_steps = state["bad_steps"]

@@ -37,9 +37,10 @@ MODEL = ROOT / "data" / "model"
 CLIENTS, CLIENT_TOKENS, PORT = 16, 50, 52440
 
 
-def measure(contender: str, texts: int, greedy: bool) -> float:
+def measure(contender: str, texts: int, greedy: bool, device: str) -> float:
     """Return the tokens per second of `texts` texts of TOKENS tokens after PROMPT, the median of three times."""
-    write = transformers(texts, greedy) if contender == "transformers" else ours(texts, greedy, contender)
+    peer = contender == "transformers"
+    write = transformers(texts, greedy, device) if peer else ours(texts, greedy, device, contender)
     for _ in range(2):  # ours makes its shortlist in the second
         write()
     seconds = []
@@ -50,7 +51,7 @@ def measure(contender: str, texts: int, greedy: bool) -> float:
     return texts * TOKENS / statistics.median(seconds)
 
 
-def ours(texts: int, greedy: bool, contender: str) -> Callable[[], object]:
+def ours(texts: int, greedy: bool, device: str, contender: str) -> Callable[[], object]:
     # As in infer.py, gpt2 is imported before torch: it sets how torch's threads wait.
     from gpt2.config import load_params
     from gpt2.generation import GenerationSettings, Text, Writer
@@ -62,7 +63,7 @@ def ours(texts: int, greedy: bool, contender: str) -> Callable[[], object]:
     else:
         params = load_params(ROOT / "params.yaml")
         model = build_model(model_config(params), params.train).eval()
-    writer = Writer(model, texts, "int8" if "int8" in contender else "none")
+    writer = Writer(model.to(device), texts, "int8" if "int8" in contender else "none")
     settings = GenerationSettings(max_tokens=TOKENS)
     settings = settings.model_copy(update={"temperature": 0.0}) if greedy else settings
 
@@ -73,7 +74,7 @@ def ours(texts: int, greedy: bool, contender: str) -> Callable[[], object]:
     return write
 
 
-def transformers(texts: int, greedy: bool) -> Callable[[], object]:
+def transformers(texts: int, greedy: bool, device: str) -> Callable[[], object]:
     import torch  # before gpt2, so that its threads wait as in any program
 
     from gpt2.config import load_params
@@ -81,8 +82,8 @@ def transformers(texts: int, greedy: bool) -> Callable[[], object]:
     from gpt2.tokenizer import VOCAB_SIZE, encode
 
     params, settings = load_params(ROOT / "params.yaml"), GenerationSettings()
-    model: Any = transformers_model(params).eval()
-    prompt = torch.tensor([encode(PROMPT)] * texts)
+    model: Any = transformers_model(params).to(device).eval()
+    prompt = torch.tensor([encode(PROMPT)] * texts, device=device)
     sampling = {"do_sample": not greedy} | (
         {} if greedy else {"temperature": settings.temperature, "top_k": settings.top_k}
     )
@@ -90,16 +91,18 @@ def transformers(texts: int, greedy: bool) -> Callable[[], object]:
     return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **length, **sampling)
 
 
-def compare(rounds: int, greedy: bool) -> None:
+def compare(rounds: int, greedy: bool, device: str) -> None:
     print_circumstances(os.cpu_count() or 1)
-    print(f"{'greedy' if greedy else 'sampled'}, {TOKENS} tokens after {PROMPT!r}\n")
+    print(f"on {device}, {'greedy' if greedy else 'sampled'}, {TOKENS} tokens after {PROMPT!r}\n")
     contenders = [name for name in CONTENDERS if MODEL.exists() or "trained" not in name]
+    if device != "cpu":
+        contenders = [name for name in contenders if "int8" not in name]
     for texts in TEXTS:
         found: dict[str, list[float]] = {contender: [] for contender in contenders}
         for _ in range(rounds):
             for contender, speeds in found.items():
-                options = ["--contender", contender, "--texts", str(texts), *(["--greedy"] if greedy else [])]
-                speeds.append(float(run(sys.executable, __file__, *options)))
+                options = ["--contender", contender, "--texts", str(texts), "--device", device]
+                speeds.append(float(run(sys.executable, __file__, *options, *(["--greedy"] if greedy else []))))
         peer = statistics.median(found["transformers"])
         for contender, speeds in found.items():
             speed = statistics.median(speeds)
@@ -221,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--greedy", action="store_true")
+    parser.add_argument("--device", default="cpu", help="of the first: cpu or cuda")
     parser.add_argument("--start", action="store_true")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--serve", action="store_true")
@@ -228,7 +232,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contender:
-        print(measure(arguments.contender, arguments.texts, arguments.greedy))
+        print(measure(arguments.contender, arguments.texts, arguments.greedy, arguments.device))
     elif arguments.start:
         start(arguments.rounds)
     elif arguments.int8:
@@ -236,7 +240,7 @@ def main() -> None:
     elif arguments.serve:
         serve(60)
     else:
-        compare(arguments.rounds, arguments.greedy)
+        compare(arguments.rounds, arguments.greedy, arguments.device)
 
 
 if __name__ == "__main__":
