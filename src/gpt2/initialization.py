@@ -41,7 +41,8 @@ def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
     draws from PyTorch's generator.
     """
     device = model.output_projection.weight.device
-    with device if device.type == "cuda" else torch.device("cpu"):
+    computed_on = device if device.type == "cuda" else torch.device("cpu")
+    with computed_on, torch.sparse.check_sparse_tensor_invariants(False):  # else PyTorch warns
         _start_from_bigrams(model, torch.tensor(tokens[:COUNTED_TOKENS].astype(np.int64)))
 
 

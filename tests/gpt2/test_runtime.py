@@ -12,7 +12,14 @@ from typing import Literal
 import pytest
 import torch
 
-from gpt2.runtime import COMPILED_STEPS, check_memory, choose_compilation, choose_device, choose_precision
+from gpt2.runtime import (
+    COMPILED_STEPS,
+    check_memory,
+    choose_compilation,
+    choose_device,
+    choose_micro_batch_size,
+    choose_precision,
+)
 
 ErrorLine = Callable[[Callable[[], object]], str]
 SOURCE = Path(__file__).parents[2] / "src"
@@ -74,6 +81,12 @@ def provide(monkeypatch: pytest.MonkeyPatch, headers_folder: Path, compiler: boo
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(headers_folder))
     if headers:
         (headers_folder / "Python.h").touch()
+
+
+def test_auto_computes_more_at_once_on_gpus() -> None:
+    found = [choose_micro_batch_size("auto", torch.device(name)) for name in ("cpu", "cuda", "mps")]
+    assert found[0] < found[1] == found[2]
+    assert choose_micro_batch_size(3, torch.device("cuda")) == 3
 
 
 @pytest.mark.parametrize(
