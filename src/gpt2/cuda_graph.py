@@ -9,10 +9,11 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 
 def record(function: Function, *inputs: Tensor) -> Function:
-    """Return a function of tensors on a CUDA device recorded, for inputs of the shape of these or of fewer rows.
+    """Record a function, which may not wait for the device, of inputs on a CUDA device, which are overwritten.
 
-    It may not wait for the device. What it writes elsewhere, e.g. gradients, lies in the same place each time; its
-    outputs are copies. Random numbers are drawn anew each time. These inputs are overwritten.
+    The recorded one takes tensors on the CPU, of these inputs' shapes or of fewer rows; the other rows then stay what
+    they were, and the outputs still have all rows. The outputs are copies; what the function writes elsewhere, e.g.
+    gradients, lies in the same place each time. Random numbers are drawn anew.
     """
     device = inputs[0].device
     stream = torch.cuda.Stream(device)

@@ -119,8 +119,8 @@ class Decoder:
     @torch.inference_mode()
     def _record(self) -> Function:
         """Return a step of all rows, of tokens and positions (B,), as a CUDA graph. It writes into the cache."""
-        nothing = torch.zeros(2, self.rows, dtype=torch.long, device=self._device)
-        return record(lambda tokens, positions: (self._forward(tokens, positions, self._model.max_len),), *nothing)
+        inputs = torch.zeros(2, self.rows, dtype=torch.long, device=self._device)
+        return record(lambda tokens, positions: (self._forward(tokens, positions, self._model.max_len),), *inputs)
 
 
 class _Block:

@@ -8,7 +8,7 @@ Shapes: N rows (batch times positions), C d_model, V vocabulary, R rows of a chu
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def linear_cross_entropy(
 
     Gradients are computed in the forward pass. The last row of weight stands for `last_count` equal ones; its gradient
     is the sum of theirs. Matrix products run in autocast's format where it is on; the softmax and the sums never below
-    float32. If `compiled`, a GPU computes the softmax by torch.compile, which reads the logits far less often.
+    float32. If `compiled`, a CUDA device computes the softmax by torch.compile, which reads the logits less often.
     """
     softmax = _compiled_softmax() if compiled and features.device.type == "cuda" else _softmax_
     return _LinearCrossEntropy.apply(features, weight, targets, last_count, softmax)
@@ -52,9 +52,12 @@ def _logits_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.de
     return memory[: chunk * stride].view(chunk, stride)[:, :columns]
 
 
-@lru_cache(maxsize=1)
+@cache
 def _memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory (size,), the same each time: so large a block would find no place among smaller ones."""
+    """Return memory (size,), the same each time: so large a block would find no place among smaller ones.
+
+    It is never freed, since a recorded CUDA graph goes on writing there.
+    """
     with torch.inference_mode(False):  # what is made in that mode cannot be written to outside
         return torch.empty(size, dtype=dtype, device=device)
 
@@ -105,7 +108,7 @@ def _softmax_(logits: Tensor, targets: Tensor, last_count: int, scale: float) ->
     return total
 
 
-@lru_cache(maxsize=1)
+@cache
 def _compiled_softmax() -> Callable[..., Tensor]:
     return torch.compile(_softmax_)
 

@@ -22,9 +22,9 @@ READ_TOKENS = 2**24  # at once
 
 
 class TextVocabulary:
-    """Maps ids of the vocabulary (V,) to rows: one for each token that a text has, and a last one for all others.
+    """Maps ids of the vocabulary (V,) to rows: one for each token that a text has, and a last one for those it lacks.
 
-    A few of these have rows of their own, so that the number of rows is good for matrix products.
+    A few that it lacks have rows of their own, where this makes the number of rows good for matrix products.
     """
 
     def __init__(self, unseen: Tensor) -> None:
@@ -60,7 +60,7 @@ class TextVocabulary:
 
     @torch.no_grad()
     def make_unseen_equal(self, weight: Tensor) -> None:
-        """Give the unseen tokens' rows of a weight (V, C) their mean, as `rows` expects."""
+        """Give the rows of a weight (V, C) that the last one stands for their mean, as `rows` expects."""
         if len(self.unseen):
             weight[self.unseen] = weight[self.unseen].mean(0)
 

@@ -64,8 +64,8 @@ def train(
     If there is a checkpoint, training goes on from it, and log_metrics first gets again what was logged before it.
     log_metrics(step, metrics) gets "train/..." every log_interval steps and "val/loss" every eval_interval steps, on
     eval_windows windows; after the last step it gets both, "val/loss" on the whole split. A metric's step counts the
-    optimizer steps done. Losses are nats per token. The resulting weights depend on the model, the tokens and params
-    alone, not on interruptions; on a GPU, whose sums may come in another order, that holds to rounding.
+    optimizer steps done. Losses are nats per token. The resulting weights depend on the model, the tokens, params and
+    the kind of device alone, not on interruptions; on a GPU, whose sums may come in another order, to rounding.
     Raises UserError if a split is too short for one window, what params ask for is not available here, the validation
     loss is not finite, or the loss or gradient of more than max_bad_steps steps is not; Stopped on Ctrl-C or SIGTERM,
     after saving a checkpoint; OSError if none can be saved.
@@ -135,8 +135,9 @@ def train(
 
     model.train()
     compute: Function = clipped_gradients
-    if device.type == "cuda":
-        compute = record(clipped_gradients, *(tokens.to(device) for tokens in batches(start)))
+    if device.type == "cuda" and start < params.max_steps:
+        with meter.paused():
+            compute = record(clipped_gradients, *(tokens.to(device) for tokens in batches(start)))
     done, steps = start, range(start, params.max_steps)
     progress = tqdm(steps, "train", params.max_steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1)
     with stop_requests() as stop_signal:

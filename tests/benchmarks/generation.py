@@ -1,6 +1,7 @@
 """Generation against its peer, in one interleaved run: tokens per second of one text and of many.
 
 python tests/benchmarks/generation.py          1 and 16 texts: ours, ours in int8, and transformers' generate
+                                               (on a GPU with --device cuda, without int8)
 python tests/benchmarks/generation.py --start  python src/infer.py for one token, beside import torch and the reading
 python tests/benchmarks/generation.py --int8   what int8 costs: the loss on the test split
 python tests/benchmarks/generation.py --serve  16 clients of `mlflow models serve` for a minute

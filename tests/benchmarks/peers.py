@@ -51,13 +51,15 @@ def transformers_model(params: Params, **changes: Any) -> nn.Module:
 
 
 def print_circumstances(threads: int) -> None:
-    """Print the processor, the versions, the commit and the command."""
+    """Print the processor, the GPU, the versions, the commit and the command."""
     import torch
 
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
         print(f"{processor}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")
+    if torch.cuda.is_available():
+        print(torch.cuda.get_device_name())
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {version('transformers')}"
     print(f"{versions}, commit {commit.strip()}, {' '.join(sys.argv)}")

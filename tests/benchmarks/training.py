@@ -117,7 +117,7 @@ PEERS = {
     "transformers, compiled": transformers_compiled,
     "plain loop": plain_loop,
 }
-ON_A_GPU = {"ours, compiled", "transformers, compiled"}
+ONLY_ON_CUDA = {"ours, compiled", "transformers, compiled"}
 
 
 def product_rate(device: torch.device, precision: torch.dtype) -> float:
@@ -204,7 +204,7 @@ def compare(rounds: int, steps: int, precision: str) -> None:
     device = print_setting(precision)
     params = load_params(ROOT / "params.yaml")
     batch_tokens = params.train.batch_size * params.train.sequence_length
-    contenders = [name for name in (*OURS, *PEERS) if device.type == "cuda" or name not in ON_A_GPU]
+    contenders = [name for name in (*OURS, *PEERS) if device.type == "cuda" or name not in ONLY_ON_CUDA]
     best = "ours, compiled" if device.type == "cuda" else "ours"
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for _ in range(rounds):
@@ -241,8 +241,6 @@ def operations_per_token(params: Params, logits: int) -> int:
 def print_setting(precision: str) -> torch.device:
     params, device, chosen, _ = prepare(precision)
     print_circumstances(params.train.threads)
-    if device.type == "cuda":
-        print(torch.cuda.get_device_name(device))
     print(
         f"{device.type}, {chosen}, batch {params.train.batch_size} x {params.train.sequence_length}, "
         f"dropout {params.model.dropout}"

@@ -137,7 +137,8 @@ def test_a_decoders_logits_are_the_models(make_model: MakeModel) -> None:
         assert_close(found, expected())
 
 
-def test_the_loss_in_bfloat16_is_no_farther_from_the_truth_than_the_plain_computation() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_in_bfloat16_is_no_farther_from_the_truth_than_the_plain_computation(compiled: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     features, weight = (torch.randn(size, 64, generator=generator).cuda().requires_grad_() for size in (300, 5000))
     targets = torch.randint(5000, (300,), generator=generator).cuda()
@@ -155,5 +156,5 @@ def test_the_loss_in_bfloat16_is_no_farther_from_the_truth_than_the_plain_comput
         found = (value, *torch.autograd.grad(value, (features, weight)))
         return [(one.double() - true).norm().item() for one, true in zip(found, truth, strict=True)]
 
-    for ours, theirs in zip(distances(linear_cross_entropy), distances(plain), strict=True):
+    for ours, theirs in zip(distances(partial(linear_cross_entropy, compiled=compiled)), distances(plain), strict=True):
         assert ours <= theirs * 1.02 + 1e-6
