@@ -98,23 +98,18 @@ def plain_loop(params: Params, batches: TrainingBatches, device: torch.device, p
     return plain(model, model, params, batches, device, precision)
 
 
-def transformers(params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype) -> Step:
-    model = transformers_model(params, use_cache=False).to(device).train()
-    return plain(model, lambda tokens: model(tokens).logits, params, batches, device, precision)
-
-
-def transformers_compiled(
-    params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype
+def transformers(
+    params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype, compiled: bool = False
 ) -> Step:
     model = transformers_model(params, use_cache=False).to(device).train()
-    compiled: Any = torch.compile(model)
-    return plain(model, lambda tokens: compiled(tokens).logits, params, batches, device, precision)
+    called: Any = torch.compile(model) if compiled else model
+    return plain(model, lambda tokens: called(tokens).logits, params, batches, device, precision)
 
 
 OURS: dict[str, dict[str, Any]] = {"ours": {}, "ours, compiled": {"compile": True}}
-PEERS = {
+PEERS: dict[str, Callable[..., Step]] = {
     "transformers": transformers,
-    "transformers, compiled": transformers_compiled,
+    "transformers, compiled": partial(transformers, compiled=True),
     "plain loop": plain_loop,
 }
 ONLY_ON_CUDA = {"ours, compiled", "transformers, compiled"}
@@ -143,7 +138,8 @@ def measure(name: str, steps: int, precision_name: str, batch_size: int | None) 
     """Return the median seconds of a step, the part of them spent on reading data, and the peak memory."""
     on_gpu = choose_device(load_params(ROOT / "params.yaml").train.device).type == "cuda"
     together = GPU_STEPS if on_gpu else 1
-    changes = {"log_interval": together, "max_steps": together * (steps + 2)} | OURS.get(name, {})
+    most = together * (steps + 2)
+    changes = {"log_interval": together, "max_steps": most, "checkpoint_interval": most} | OURS.get(name, {})
     params, device, precision, tokens = prepare(precision_name, batch_size=batch_size, **changes)
     setting = params.train
     batches = TrainingBatches(tokens["train"], setting.batch_size, setting.sequence_length, setting.seed)
