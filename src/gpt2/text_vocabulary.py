@@ -49,8 +49,8 @@ class TextVocabulary:
         """Return that of the text on which a weight (V, C) was trained: tokens whose rows are equal are unseen."""
         first = weight.detach()[:, 0]
         unseen = first == first.cpu().mode().values.item()  # nearly always only those whose whole rows are equal
-        candidates = unseen.nonzero()[:, 0]
-        unseen[candidates] = (weight[candidates] == weight[candidates[:1]]).all(1)
+        candidates = unseen.nonzero()[:, 0]  # the first of which may have had rows of their own, now a little apart
+        unseen[candidates] = (weight[candidates] == weight[candidates[-1:]]).all(1)
         return cls(unseen if unseen.sum() > 1 else torch.zeros_like(unseen))
 
     @property

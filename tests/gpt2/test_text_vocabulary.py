@@ -53,6 +53,15 @@ def test_the_number_of_rows_is_good_for_products_where_enough_tokens_are_unseen(
     assert torch.equal(text.rows(weight)[text.row_of], weight)
 
 
+def test_rows_that_training_has_moved_apart_do_not_hide_the_equal_ones() -> None:
+    text = TextVocabulary.of_text(np.arange(100, dtype=np.uint16), 200, CPU)
+    weight = torch.randn(200, 3)
+    text.make_unseen_equal(weight)
+    unseen_alone = text.ids[100:-1]
+    weight[unseen_alone, 1] *= 1 + 1e-6
+    assert TextVocabulary.of_weight(weight).ids.tolist() == [*range(100), *unseen_alone, *text.ids[-1:]]
+
+
 def test_a_weight_tells_what_its_text_lacked() -> None:
     weight = torch.tensor([[1.0, 2.0], [5.0, 6.0], [5.0, 7.0], [5.0, 6.0], [3.0, 4.0]])
     text = TextVocabulary.of_weight(weight)
