@@ -20,7 +20,14 @@ from torch import Tensor
 
 from gpt2.batches import Tokens
 from gpt2.model import GPT2Model, TransformerBlock
-from gpt2.previous_token_heads import add_what_is_seen, look_back, position_waves, sparse_matrix, with_ridge
+from gpt2.previous_token_heads import (
+    add_what_is_seen,
+    count_pairs,
+    look_back,
+    position_waves,
+    sparse_matrix,
+    with_ridge,
+)
 
 COUNTED_TOKENS = 50_000_000  # sorting the pairs takes some 50 bytes for each
 DISCOUNT = 0.75  # of each count, in favour of pairs that never occurred
@@ -42,7 +49,7 @@ def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
     """
     device = model.output_projection.weight.device
     computed_on = device if device.type == "cuda" else torch.device("cpu")
-    with computed_on, torch.sparse.check_sparse_tensor_invariants(False):  # else PyTorch warns
+    with computed_on:
         _start_from_bigrams(model, torch.tensor(tokens[:COUNTED_TOKENS].astype(np.int64)))
 
 
@@ -111,8 +118,7 @@ class Bigrams:
 
 def count_bigrams(text: Tensor, different: int) -> Bigrams:
     """Count the pairs of a text (N,) of ids below `different`, M."""
-    pairs, pair_counts = torch.unique(text[:-1] * different + text[1:], return_counts=True)  # (P,)
-    first, second = pairs // different, pairs % different
+    first, second, pair_counts = count_pairs(text[:-1], text[1:], different)  # (P,)
     counts = torch.bincount(text[:-1], minlength=different).float().clamp(min=1)
     continuation_counts = torch.bincount(second, minlength=different).float().clamp(min=UNSEEN)
     backoff = DISCOUNT * torch.bincount(first, minlength=different) / counts

@@ -3,9 +3,14 @@
 Shapes: B batch, T positions, C d_model, H n_heads, D head size (C / H), F d_ff, V vocab_size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gpt2.attention import causal_attention
 from gpt2.dropout import Dropout
@@ -138,3 +143,19 @@ class GPT2Model(nn.Module):
     def count_parameters(self) -> int:
         """The number of trained weights; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Let the block build models whose weights, on the meta device, have shapes but no values and take no memory."""
+    with torch.device("meta"), _NoInitialization():
+        yield
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Passes over torch.nn.init: to draw weights on the meta device takes longer than to import PyTorch."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))

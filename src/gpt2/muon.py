@@ -26,8 +26,8 @@ class Muon(torch.optim.Optimizer):
     So one learning rate and weight decay serve both. `precision` is the format of its matrix products.
     """
 
-    def __init__(self, matrices: ParamsT, weight_decay: float, precision: torch.dtype) -> None:
-        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
+    def __init__(self, matrices: ParamsT, precision: torch.dtype) -> None:
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": 0.0})
         self.precision = precision
 
     @torch.no_grad()

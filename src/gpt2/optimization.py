@@ -48,7 +48,7 @@ def build_optimizers(model: GPT2Model, params: TrainParams, precision: torch.dty
 
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(of("adamw"), betas=BETAS, fused=True)]
     if params.optimizer == "muon":
-        optimizers.append(Muon(of("muon"), params.weight_decay, precision))
+        optimizers.append(Muon(of("muon"), precision))
     return optimizers
 
 

@@ -96,14 +96,20 @@ def _moments(
 
     def seen(back: int) -> Tensor:
         """Return for each token its share of the text, times the mean embedding of the token so far back: (M, C)."""
-        weights = embedding.new_full((len(text),), 1 / len(text))
-        return sparse_matrix(text, text.roll(back), weights, len(embedding)) @ embedding
+        tokens, earlier, counts = count_pairs(text, text.roll(back), len(embedding))
+        return sparse_matrix(tokens, earlier, (counts / len(text)).to(embedding), len(embedding)) @ embedding
 
     means = [seen(back) for back in range(heads + 2)]
     gradient = [output_rows.T @ means[head + 2] - expected.T @ means[head + 1] for head in range(heads)]
     lags = [embedding.T @ means[lag] for lag in range(heads)]  # (C, C) of a token and one `lag` before it
     covariance = [[lags[k - h] if k >= h else lags[h - k].T for k in range(heads)] for h in range(heads)]
     return torch.cat(gradient, 1), torch.cat([torch.cat(row, 1) for row in covariance])
+
+
+def count_pairs(first: Tensor, second: Tensor, different: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the different pairs (P,), (P,) of tokens (N,) and (N,), ordered by the first, and their counts (P,)."""
+    pairs, counts = torch.unique(first * different + second, return_counts=True)
+    return pairs // different, pairs % different, counts
 
 
 def sparse_matrix(rows: Tensor, columns: Tensor, values: Tensor, size: int) -> Tensor:

@@ -103,7 +103,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: the GPU's if the device is one, else this process's."""
+    """Return the most memory held so far: a CUDA device's, else this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

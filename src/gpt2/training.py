@@ -22,7 +22,7 @@ from gpt2.cuda_graph import Function, record
 from gpt2.curves import History, LogMetrics
 from gpt2.initialization import start_from_bigrams
 from gpt2.loss import linear_cross_entropy, perplexity, token_cross_entropy
-from gpt2.model import GPT2Model
+from gpt2.model import GPT2Model, shapes_only
 from gpt2.optimization import build_optimizers, schedule, set_learning_rates
 from gpt2.runtime import (
     autocast,
@@ -38,14 +38,14 @@ from gpt2.text_vocabulary import TextVocabulary
 
 def build_model(config: ModelConfig, params: TrainParams) -> GPT2Model:
     """Return the model before its first step. Raises UserError if its training cannot fit into memory."""
-    with torch.device("meta"):
+    with shapes_only():
         parameters = GPT2Model(**config.model_dump()).count_parameters()
     weights_bytes = parameters * 4 * 3  # with gradients and the least that an optimizer keeps
     device = choose_device(params.device)
     micro_batch_size = choose_micro_batch_size(params.micro_batch_size, device)
     micro_batch_tokens = min(micro_batch_size, params.batch_size) * params.sequence_length
     activations_bytes = micro_batch_tokens * config.d_model * config.n_layers * 4
-    batch_bytes = params.batch_size * params.sequence_length * 8 * 2
+    batch_bytes = params.batch_size * params.sequence_length * 8  # of int64
     check_memory(weights_bytes + activations_bytes + batch_bytes, device)
     torch.manual_seed(params.seed)
     return GPT2Model(**config.model_dump())
@@ -129,6 +129,7 @@ def train(
     else:
         with meter.paused():
             if params.initialization == "bigrams":
+                print("computing the start from bigrams; on a CPU this takes a minute or two", flush=True)
                 torch.manual_seed(params.seed)
                 start_from_bigrams(model, train_tokens)
             vocabulary.make_unseen_equal(model.output_projection.weight)
@@ -169,6 +170,8 @@ def train(
                 )
             if last or done % params.eval_interval == 0:
                 check_steps()
+                if last:
+                    progress.write("validating on the whole split")
                 val_loss = validate(None if last else params.eval_windows)
                 check_finite("validation loss", val_loss, done)
                 log(done, {"val/loss": val_loss})

@@ -27,14 +27,14 @@ def matrices() -> list[torch.nn.Parameter]:
 
 
 def test_it_is_pytorchs_muon_to_the_bit() -> None:
-    ours = moved(Muon(matrices(), weight_decay=0.1, precision=torch.bfloat16))
+    ours = moved(Muon([{"params": matrices(), "weight_decay": 0.1}], precision=torch.bfloat16))
     theirs = moved(torch.optim.Muon(matrices(), weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     for start, one, other in zip(matrices(), ours, theirs, strict=True):
         assert torch.equal(one, other) and not torch.equal(one, start)
 
 
 def test_float32_differs_from_bfloat16_by_rounding_only() -> None:
-    exact, rounded = (moved(Muon(matrices(), 0.1, precision)) for precision in (torch.float32, torch.bfloat16))
+    exact, rounded = (moved(Muon(matrices(), precision)) for precision in (torch.float32, torch.bfloat16))
     for start, one, other in zip(matrices(), exact, rounded, strict=True):
         assert not torch.equal(one, other)
         assert (one - other).norm() < 0.02 * (one - start).norm()
