@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt2 import tokenizer
 from gpt2.cli import Parser, UserError, run_command
-from gpt2.config import Device, ModelConfig, load_params
+from gpt2.config import Device, ModelConfig, champion_uri
 from gpt2.decoding import Quantization
 from gpt2.evaluation import format_summary, predict, summarize, token_losses
 from gpt2.generation import GenerationSettings, Text, Writer
@@ -48,7 +48,7 @@ def main() -> None:
     elif arguments.explain:
         raise UserError("--explain needs --score FILE")
 
-    name = arguments.model or load_params(PARAMS).register_.champion
+    name = arguments.model or champion_uri(PARAMS)
     model, config = load_model(find_model(name))
     if config.vocab_size != tokenizer.VOCAB_SIZE:
         raise UserError(f"{name} has a vocabulary of {config.vocab_size}, not GPT-2's {tokenizer.VOCAB_SIZE}")
@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def find_model(name: str) -> Path:
     """Return the path of a model given as a path or as an MLflow URI."""
-    if name.startswith(("models:/", "runs:/")):
+    if name.startswith(("models:", "runs:")):
         from gpt2.registry import fetch_model  # MLflow takes as long to import as PyTorch
 
         return fetch_model(name)

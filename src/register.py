@@ -4,19 +4,18 @@ With --show or --verify it registers nothing, and tells where a registered model
 """
 
 from gpt2.checkpoints import Checkpoints
-from gpt2.cli import Parser, run_command
-from gpt2.config import Params, load_params
+from gpt2.cli import Parser, UserError, run_command
+from gpt2.config import Params, champion_uri, load_params
 from gpt2.files import read_json, write_json
 from gpt2.lineage import checkpoint_folder
 from gpt2.project import METRICS, MODEL, PARAMS, RECEIPT, TOKENS
 from gpt2.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, promote, provenance, register, verify
 from gpt2.tracking import MODEL_SHA256, mirror_run
-from gpt2.weights import read_config
+from gpt2.weights import CONFIG, read_config
 
 
 def main() -> None:
-    params = load_params(PARAMS)
-    champion = params.register_.champion
+    champion = champion_uri(PARAMS)
     parser = Parser(description=__doc__, allow_abbrev=False)
     for name, about in (
         ("--show", "print what a model was made from, and the commands that make it again"),
@@ -29,11 +28,13 @@ def main() -> None:
     if arguments.verify is not None:
         print(verify(arguments.verify))
     if arguments.show is None and arguments.verify is None:
-        register_results(params)
+        register_results()
 
 
-def register_results(params: Params) -> None:
+def register_results() -> None:
     """Bring what the stages before have written into MLflow."""
+    params = load_params(PARAMS)
+    check_parameters(params)
     name, alias = params.register_.name, params.register_.alias
     _, model_sha256 = read_config(MODEL)
     evaluated = read_json(METRICS / "evaluate.json")
@@ -45,11 +46,25 @@ def register_results(params: Params) -> None:
     }
     with mirror_run(params, model_sha256) as run:
         version = register(MODEL, name, tags)
-        print(f"run {run.info.run_name}: {run.info.run_id}")
-        print(promote(name, alias, version))
+        verdict = promote(name, alias, version)
+    print(f"run {run.info.run_name}: {run.info.run_id}")
+    print(verdict)
     Checkpoints(checkpoint_folder(params)).remove()
     # The same results leave the same receipt, whatever ids and version numbers the store gave them.
     write_json(RECEIPT, {"name": name, "alias": alias, **tags})
+
+
+def check_parameters(params: Params) -> None:
+    """Raise UserError if the model was trained with other parameters, whose run this would pass for."""
+    saved, present = read_json(MODEL / CONFIG), params.model_dump()
+    changes = [
+        f"{section}.{name} {saved.get(section, {}).get(name)}, not {value}"
+        for section in ("model", "train")
+        for name, value in present[section].items()
+        if saved.get(section, {}).get(name) != value
+    ]
+    if changes:
+        raise UserError(f"{MODEL} was trained with other parameters ({'; '.join(changes)}); run `dvc repro`")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main() -> None:
     with exclusive(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
         with tracking.training_run(params) as log_metrics:
             metrics, history = train(model, train_tokens, val_tokens, params.train, checkpoints, log_metrics)
-        digest = save_model(model, config, MODEL)
+        digest = save_model(model, config, MODEL, params.train)
         write_curves(history, PLOTS)
         write_json(METRICS / "train.json", metrics)
     # The checkpoints stay until register has run: DVC may be killed before it has taken note of these results.

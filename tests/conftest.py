@@ -1,25 +1,27 @@
 """Shared by all tests: a model, parameters and texts so small that the whole suite takes seconds."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import resource
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 import yaml
 from hypothesis import settings
 
 from gpt2.cli import UserError, fail
 from gpt2.config import ModelConfig, TrainParams, check
-from gpt2.model import GPT2Model
+
+if TYPE_CHECKING:  # PyTorch takes seconds, also in the process that only hands out the tests
+    from gpt2.model import GPT2Model
 
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("quick")
-torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parents[1]
 TINY_VOCABULARY = 61
@@ -45,6 +47,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=order)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def shipped_text() -> str:
     return (REPOSITORY / "params.yaml").read_text(encoding="utf-8")
@@ -63,6 +72,9 @@ def make_config() -> Callable[..., ModelConfig]:
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., GPT2Model]:
     """Build a tiny model; with `random`, every weight, bias and norm is far from its usual first value."""
+    import torch
+
+    from gpt2.model import GPT2Model
 
     def make(*, seed: int = 0, random: bool = False, **changes: Any) -> GPT2Model:
         torch.manual_seed(seed)
@@ -121,6 +133,25 @@ def full_disk() -> Callable[[], contextlib.AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limit
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The root of a checkout with an empty MLflow store, which tracking takes for its own."""
+    import mlflow
+
+    from gpt2 import tracking
+
+    root = tmp_path_factory.mktemp("checkout")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("DVC_EXP_NAME", raising=False)
+        patch.setattr(tracking, "main_root", lambda: root)
+        patch.setattr(tracking, "ROOT", root)
+        patch.setattr(tracking, "RECEIPT", root / "mlartifacts" / "receipt.json")
+        patch.setattr(tracking, "train_key", lambda params: "of these parameters")
+        yield root
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # back to the default
 
 
 @pytest.fixture

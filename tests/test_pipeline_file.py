@@ -1,10 +1,14 @@
 """dvc.yaml says what the code does: each stage's deps are the modules that its script imports."""
 
 import ast
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
+
+from gpt2.registry import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
@@ -13,30 +17,37 @@ MIRROR = {"src/gpt2/tracking.py", "src/gpt2/registry.py"}  # an edit there chang
 
 
 def imported_files(path: Path) -> set[str]:
-    """The repository's modules that a file imports, directly or through others, and the file itself."""
+    """The repository's modules that a file imports, directly or through others (not MIRROR's), and the file itself."""
     found: set[str] = set()
     waiting = [path]
     while waiting:
         file = waiting.pop()
         name = file.relative_to(ROOT).as_posix()
-        if name in found | MIRROR:
+        if name in found:
             continue
         found.add(name)
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            modules = []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            candidates = (SRC / Path(*module.split(".")).with_suffix(".py") for module in modules)
-            waiting += [candidate for candidate in candidates if candidate.is_file()]
+        if name in MIRROR:
+            continue
+        candidates = (SRC / Path(*module.split(".")).with_suffix(".py") for module in imported_modules(file))
+        waiting += [candidate for candidate in candidates if candidate.is_file()]
     return found
+
+
+def imported_modules(file: Path) -> set[str]:
+    """The dotted names of all that a file imports, also of what may be no module but a name in one."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    return modules
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_deps_are_the_imports(stage: str) -> None:
     code = {dep for dep in STAGES[stage]["deps"] if dep.startswith("src/")}
-    assert code == imported_files(SRC / f"{stage}.py")
+    assert code == imported_files(SRC / f"{stage}.py") - MIRROR
 
 
 def test_every_stage_has_its_script_and_section() -> None:
@@ -56,6 +67,14 @@ def test_mlflow_stays_in_its_modules() -> None:
         )
     }
     assert users == {"gpt2/tracking.py", "gpt2/registry.py", "gpt2/serving.py"}
+
+
+def test_a_registered_model_requires_what_its_code_imports() -> None:
+    files = imported_files(SRC / "gpt2" / "serving.py")
+    modules = {module.partition(".")[0] for file in files for module in imported_modules(ROOT / file)}
+    distributions = packages_distributions()
+    for module in modules - sys.stdlib_module_names - {"gpt2"}:
+        assert {name.lower().replace("-", "_") for name in distributions[module]} & set(PACKAGES), module
 
 
 def test_the_loop_does_not_track() -> None:

@@ -30,7 +30,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run main. Exit with 2 on a UserError or what the system refuses (a full disk, no memory), 130 on Ctrl-C."""
+    """Run main. Exit with 2 on a UserError or what the system refuses (a full disk, no memory), 130 on Ctrl-C.
+
+    SIGTERM ends it with 143, and what main has opened is closed.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main()
         sys.stdout.flush()

@@ -147,11 +147,6 @@ class RegisterParams(Section):
     name: Name
     alias: Annotated[str, AfterValidator(_alias)]
 
-    @property
-    def champion(self) -> str:
-        """The URI of the registered model that holds the alias."""
-        return f"models:/{self.name}@{self.alias}"
-
 
 class Params(Section):
     prepare: PrepareParams
@@ -170,13 +165,24 @@ class ModelConfig(ModelParams):
 
 def load_params(path: Path) -> Params:
     """Read and check params.yaml. Raises UserError with every problem in one line."""
+    raw = _read(path)
+    return check(Params, raw, path.name, find_conflicts(raw))
+
+
+def champion_uri(path: Path) -> str:
+    """Return the URI of the registered model that params.yaml names, whatever else is in it. Raises UserError."""
+    raw = _read(path)
+    register = check(RegisterParams, raw.get("register") if isinstance(raw, dict) else None, f"{path.name}: register")
+    return f"models:/{register.name}@{register.alias}"
+
+
+def _read(path: Path) -> Any:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # YAML's tags make PyYAML fail in ways of their own
         raise UserError(f"{path} cannot be read: {error}") from None
-    return check(Params, raw, path.name, find_conflicts(raw))
 
 
 def find_conflicts(raw: Any) -> list[str]:

@@ -67,7 +67,7 @@ def split_documents(digests: Sequence[Digest], val_fraction: float, test_fractio
 
     The order of the documents' hashes stands in for a shuffle: it is the same for the same texts, whatever their
     names or order. The test split takes documents until it holds its fraction of the bytes, then val does; each
-    split gets at least one. Equal texts stay together, so that none is trained on and tested.
+    split gets at least one. Equal texts stay together if others are left, so that none is trained on and tested.
     """
     total = sum(one.bytes for one in digests)
     shuffled = sorted(range(len(digests)), key=lambda i: (digests[i].sha256, i))
@@ -113,7 +113,11 @@ def _shown(name: str) -> str:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Regular .txt files below folder. Links to folders are not followed, so a loop of them ends nowhere."""
-    for parent, _, names in os.walk(folder):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=fail):
         yield from (Path(parent, name) for name in names if name.endswith(".txt") and Path(parent, name).is_file())
 
 

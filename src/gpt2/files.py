@@ -104,7 +104,7 @@ def sha256_of(path: Path) -> str:
 
 def delete(path: Path) -> None:
     """Delete a file or folder, if it is there. Raises OSError."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

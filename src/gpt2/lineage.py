@@ -32,9 +32,9 @@ def checkpoint_folder(params: Params) -> Path:
     return main_root() / ".cache" / "train" / train_key(params)
 
 
-def run_key(params: Params, train_key: str) -> str:
-    """Return the hash that names one run of the whole pipeline."""
-    return hash_of({"train_key": train_key, "params": params.model_dump(by_alias=True)})
+def run_key(params: Params, key: str) -> str:
+    """Return the hash that names one run of the whole pipeline; `key` is that of its training."""
+    return hash_of({"train_key": key, "params": params.model_dump(by_alias=True)})
 
 
 def git_commit() -> str | None:

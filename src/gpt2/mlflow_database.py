@@ -15,7 +15,7 @@ PATH_COLUMNS = (  # where MLflow holds the paths of artifacts
 
 
 def check_database(path: Path) -> None:
-    """Let SQLite say at once that it cannot read or write there, where MLflow would try for minutes.
+    """Let SQLite say at once that it cannot open it, where MLflow would try for minutes.
 
     Raises sqlite3.Error.
     """

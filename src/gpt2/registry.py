@@ -11,6 +11,7 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
@@ -34,12 +35,14 @@ PACKAGES = (
     "mlflow",
     "numpy",
     "pandas",
+    "psutil",
     "pydantic",
     "pyyaml",
     "safetensors",
     "tiktoken",
     "torch",
 )
+NOT_THERE = tuple(map(ErrorCode.Name, (RESOURCE_DOES_NOT_EXIST, INVALID_PARAMETER_VALUE)))
 DEFAULTS = GenerationSettings()
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt")]),
@@ -77,7 +80,7 @@ def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
                 artifacts={FOLDER: str(model)},
                 code_paths=[str(Path(__file__).parent)],
                 signature=SIGNATURE,
-                pip_requirements=[f"{package}=={installed_version(package)}" for package in PACKAGES],
+                pip_requirements=[f"{package}=={installed_version(package).partition('+')[0]}" for package in PACKAGES],
             )
             version = mlflow.register_model(logged.model_uri, name, tags=tags)
         else:
@@ -202,16 +205,16 @@ def reproduction(version: ModelVersion, run: Run, source: str) -> str:
 def _open_version(uri: str) -> Iterator[ModelVersion]:
     """Open the store, and yield the version that a URI means. Raises UserError if there is none or the store fails."""
     try:
-        with tracking.open_store():
+        with tracking.connected():
             yield _version_at(mlflow.MlflowClient(), uri)
-    except MlflowException as error:
-        message = str(error).splitlines()[0]
+    except tracking.STORE_ERRORS as error:
+        message = str(error).partition("\n")[0]
+        if not isinstance(error, MlflowException) or error.error_code not in NOT_THERE:
+            raise UserError(f"MLflow's store fails ({message})") from None
         raise UserError(
             f"no model at {uri} ({message}); train one with `dvc repro`, or register what has been trained with "
             "`python src/register.py`"
         ) from None
-    except tracking.STORE_ERRORS as error:
-        raise UserError(f"MLflow's store fails ({error})") from None
 
 
 def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:
@@ -219,15 +222,16 @@ def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:
         run = client.get_run(uri.removeprefix("runs:/").split("/")[0])
         version = _find_version(client, run.data.tags.get(MODEL_SHA256, ""))
         if version is None:
-            raise MlflowException("this run has registered none")
+            raise MlflowException("this run has registered none", RESOURCE_DOES_NOT_EXIST)
         return version
     match get_model_name_and_version(client, uri):
         case [name, number]:
             version = client.get_model_version(name, number)
         case _:
-            raise MlflowException("give a version or an alias, e.g. models:/gpt2/1 or models:/gpt2@champion")
+            message = "give a version or an alias, e.g. models:/gpt2/1 or models:/gpt2@champion"
+            raise MlflowException.invalid_parameter_value(message)
     if MODEL_SHA256 not in version.tags:
-        raise MlflowException("another program has registered it")
+        raise MlflowException("another program has registered it", RESOURCE_DOES_NOT_EXIST)
     return version
 
 

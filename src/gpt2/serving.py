@@ -1,7 +1,9 @@
 """The model as MLflow serves it: MLflow runs this file when it loads a registered model."""
 
 import logging
+import os
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -22,6 +24,9 @@ from gpt2.weights import load_model
 NONE_IF_FALSE = ("top_k", "top_p", "min_p", "stop")  # a schema knows no null; 0 and "" stand for it
 
 
+REQUEST_SECONDS = float(os.environ.get("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", threading.TIMEOUT_MAX))
+
+
 class SharedWriter:
     """Lets many threads write with one model: their texts grow side by side, those that came first first."""
 
@@ -36,19 +41,21 @@ class SharedWriter:
     def submit(self, texts: list[Text]) -> list[Generator[str]]:
         """Return what each text goes on with, part by part. Reading raises what went wrong in writing.
 
-        A text that is no longer read is no longer written.
+        A text is no longer written when its reader is closed, or has waited beyond the time that MLflow gives a
+        request.
         """
         readers: list[SimpleQueue[str | Exception | None]] = [SimpleQueue() for _ in texts]
         with self._lock:
             self._readers.update(zip(texts, readers, strict=True))
             self._waiting.extend(texts)
         self._arrived.set()
-        return [self._read(text, reader) for text, reader in zip(texts, readers, strict=True)]
+        deadline = time.monotonic() + REQUEST_SECONDS
+        return [self._read(text, reader, deadline) for text, reader in zip(texts, readers, strict=True)]
 
     @staticmethod
-    def _read(text: Text, reader: "SimpleQueue[str | Exception | None]") -> Generator[str]:
+    def _read(text: Text, reader: "SimpleQueue[str | Exception | None]", deadline: float) -> Generator[str]:
         try:
-            while (part := reader.get()) is not None:
+            while (part := reader.get(timeout=max(0, deadline - time.monotonic()))) is not None:
                 if isinstance(part, Exception):
                     raise part
                 yield part
@@ -75,7 +82,7 @@ class SharedWriter:
 class TextGenerator(PythonModel):
     """Continues prompts. The parameters and their defaults stand in the model's signature.
 
-    All methods raise MlflowException, which a server answers with status 400, for what cannot be used.
+    Its predictions raise MlflowException, which a server answers with status 400, for what cannot be used.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -90,23 +97,27 @@ class TextGenerator(PythonModel):
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """Return the text that follows each prompt, one row each."""
-        texts = self._submit(list(model_input["prompt"]), params)
-        return pd.DataFrame({"text": ["".join(parts) for parts in texts]})
+        texts = self._texts(list(model_input["prompt"]), params)
+        try:
+            return pd.DataFrame({"text": ["".join(parts) for parts in self.writer.submit(texts)]})
+        finally:
+            for text in texts:  # those that wait behind one that failed
+                text.abandoned = True
 
     def predict_stream(
         self, context: PythonModelContext, model_input: dict[str, str], params: dict[str, Any] | None = None
     ) -> Iterator[str]:
         """Yield the text that follows one prompt, {"prompt": ...}, part by part as it is written."""
-        [parts] = self._submit([model_input["prompt"]], params)
+        [parts] = self.writer.submit(self._texts([model_input["prompt"]], params))
         yield from parts
 
-    def _submit(self, prompts: list[str], params: dict[str, Any] | None) -> list[Generator[str]]:
+    def _texts(self, prompts: list[str], params: dict[str, Any] | None) -> list[Text]:
         given = {name: (value or None) if name in NONE_IF_FALSE else value for name, value in (params or {}).items()}
         try:
             if not all(isinstance(prompt, str) for prompt in prompts):
                 raise UserError("a prompt is no text")
             settings = check(GenerationSettings, {"seed": 0, **given}, "params")
-            return self.writer.submit([Text(prompt, settings) for prompt in prompts])
+            return [Text(prompt, settings) for prompt in prompts]
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 

@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # A server that does not answer is given up in seconds, not in MLflow's quarter of an hour.
@@ -28,13 +26,14 @@ import torch
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from sqlalchemy.exc import SQLAlchemyError
 
 from gpt2.cli import UserError
 from gpt2.config import Params
 from gpt2.curves import LogMetrics, read_curves
-from gpt2.files import read_json, sha256_of
+from gpt2.files import exclusive, read_json, sha256_of
 from gpt2.lineage import git_commit, hash_of, run_key, train_key
 from gpt2.mlflow_database import ARTIFACTS, check_database, database_uri, make_paths_relative
 from gpt2.project import METRICS, PARAMS, PLOTS, RECEIPT, ROOT, SAMPLES, TOKENS, experiment_name, main_root
@@ -52,34 +51,45 @@ MODEL_SHA256 = "gpt2.model_sha256"
 EXPERIMENT_NAME, COMMIT, ENVIRONMENT = "dvc.experiment", "mlflow.source.git.commit", "gpt2.environment"
 
 
-def store_lock() -> FileLock:
+def store_lock() -> contextlib.AbstractContextManager[None]:
     """Return the lock under which processes of this checkout and its experiments change the store's structure."""
-    return FileLock(main_root() / ".cache" / "mlflow.lock")
+    return exclusive(main_root() / ".cache" / "mlflow.lock", "another process changes MLflow's store")
 
 
 @contextlib.contextmanager
 def open_store() -> Iterator[str]:
-    """Open the store, making it if need be, and yield the id of the experiment.
+    """Connect to the store, making it if need be, and yield the id of the experiment. Raises one of STORE_ERRORS."""
+    with connected(make=True) as database:
+        with store_lock():
+            experiment_id = _open_experiment(database)
+        yield experiment_id
+
+
+@contextlib.contextmanager
+def connected(make: bool = False) -> Iterator[Path | None]:
+    """Let the block use the store; yield its database's path, or None if it has another address than a file's.
 
     The store is the one that MLFLOW_TRACKING_URI names, else mlflow.db in the main checkout. A database in the checkout
     holds relative paths, so that the checkout can be moved: the block runs in the main checkout's folder.
-    Raises one of STORE_ERRORS.
+    Raises one of STORE_ERRORS, also if there is no database and none is to be made.
     """
     for chatty in ("alembic", "mlflow"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # its errors are raised as well
     warnings.filterwarnings("ignore", module=r"mlflow\.")  # advice on schemas and input examples
     root = main_root()
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"  # MLflow sets the variable to what it uses
     # A relative one would lie in an experiment's folder, and be deleted with it.
     database = root / uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
     with contextlib.chdir(root):
-        with store_lock():  # processes that make a database at once would break it
-            if database:
+        if database:
+            with store_lock():  # processes that make a database at once would break it
+                if not make and not database.exists():
+                    raise MlflowException(f"there is no store {database} yet", RESOURCE_DOES_NOT_EXIST)
                 _make_database(database)
-                uri = database_uri(database, root)
-            mlflow.set_tracking_uri(uri)
-            experiment_id = _open_experiment(database)
-        yield experiment_id
+            uri = database_uri(database, root)
+        mlflow.set_tracking_uri(uri)
+        yield database
 
 
 def _make_database(database: Path) -> None:
@@ -261,7 +271,7 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
             mlflow.log_params(_shown_params(params))
             try:
                 yield mlflow.get_run(run.info.run_id)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):
                 mlflow.end_run("KILLED")
                 raise
 

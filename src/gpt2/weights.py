@@ -3,18 +3,16 @@
 import pickle
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from gpt2.cli import UserError
-from gpt2.config import ModelConfig, check
+from gpt2.config import ModelConfig, TrainParams, check
 from gpt2.files import read_json, replacing, sha256_of, write_json
-from gpt2.model import GPT2Model
+from gpt2.model import GPT2Model, shapes_only
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -26,10 +24,11 @@ LATER_NAMES = (
 )
 
 
-def save_model(model: GPT2Model, config: ModelConfig, folder: Path) -> str:
+def save_model(model: GPT2Model, config: ModelConfig, folder: Path, trained_with: TrainParams | None = None) -> str:
     """Write a model folder in place of the present one; return the weights' SHA-256.
 
-    The same weights give the same bytes. Tied weights are written once, as token_embedding. Raises OSError.
+    Its configuration also tells the parameters that the model was trained with, if they are given. The same weights
+    give the same bytes. Tied weights are written once, as token_embedding. Raises OSError.
     """
     state = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
     if config.tie_weights:
@@ -38,7 +37,8 @@ def save_model(model: GPT2Model, config: ModelConfig, folder: Path) -> str:
         partial.mkdir()
         save_tensors(state, partial / WEIGHTS)
         digest = sha256_of(partial / WEIGHTS)
-        write_json(partial / CONFIG, {"model": config.model_dump(), "model_sha256": digest})
+        told = {"model": config.model_dump(), "model_sha256": digest}
+        write_json(partial / CONFIG, told | ({"train": trained_with.model_dump()} if trained_with else {}))
     return digest
 
 
@@ -46,6 +46,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     """Write contiguous CPU tensors as safetensors. Raises OSError."""
     try:
         save_file(tensors, path, metadata)
+        path.chmod(path.parent.stat().st_mode & 0o666)  # else for its owner alone
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
 
@@ -59,12 +60,12 @@ def load_model(path: Path) -> tuple[GPT2Model, ModelConfig]:
     if path.suffix in (".pt", ".pth"):
         config, state = _read_original_checkpoint(path)
     else:
-        config, state = _read_model_folder(path if path.is_dir() else path.parent, path)
+        config, state = _read_model_folder(path)
     if config.tie_weights and "token_embedding.weight" in state:
         state["output_projection.weight"] = state["token_embedding.weight"]
     try:
         # Shapes only: the file's tensors become the weights, once they are known to fit.
-        with torch.device("meta"), _NoInitialization():
+        with shapes_only():
             model = GPT2Model(**config.model_dump())
         model.load_state_dict({name: weight.float() for name, weight in state.items()}, assign=True)
     except (RuntimeError, ValueError) as error:
@@ -72,15 +73,6 @@ def load_model(path: Path) -> tuple[GPT2Model, ModelConfig]:
     if config.tie_weights:
         model.output_projection.weight = model.token_embedding.weight
     return model.eval(), config
-
-
-class _NoInitialization(TorchFunctionMode):
-    """Passes over torch.nn.init: to draw weights on the meta device takes longer than to import PyTorch."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return None
-        return function(*args, **(kwargs or {}))
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str]:
@@ -92,11 +84,13 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
     return check(ModelConfig, raw.get("model"), str(path)), raw["model_sha256"]
 
 
-def _read_model_folder(folder: Path, shown: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    if not shown.exists():
-        raise UserError(f"{shown} does not exist")
-    weights = folder / WEIGHTS if shown.is_dir() else shown
-    config, recorded = read_config(folder)
+def _read_model_folder(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    weights = path / WEIGHTS if path.is_dir() else path
+    if not (weights.parent / CONFIG).exists():
+        raise UserError(f"{path} is no model: {weights.parent / CONFIG} does not exist")
+    config, recorded = read_config(weights.parent)
     if sha256_of(weights) != recorded:
         raise UserError(f"{weights} is damaged or not the model of its {CONFIG}: its SHA-256 is not {recorded}")
     try:

@@ -25,12 +25,18 @@ def test_success_ends_quietly(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "line"),
-    [("no such file", "error: no such file\n"), ("two\n  lines\r\tof\u2028text ", "error: two lines of text\n")],
+    ("error", "line"),
+    [
+        (UserError("no such file"), "error: no such file\n"),
+        (UserError("two\n  lines\r\tof\u2028text "), "error: two lines of text\n"),
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device\n"),
+    ],
 )
-def test_mistake_of_the_user_is_one_line_and_2(capsys: pytest.CaptureFixture[str], message: str, line: str) -> None:
+def test_mistake_of_the_user_or_refusal_of_the_system_is_one_line_and_2(
+    capsys: pytest.CaptureFixture[str], error: Exception, line: str
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_command(raising(UserError(message)))
+        run_command(raising(error))
     assert ended.value.code == 2
     assert capsys.readouterr() == ("", line)
 
@@ -59,6 +65,11 @@ def test_no_memory_is_one_line(capsys: pytest.CaptureFixture[str], error: Except
     assert ended.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: there is not enough memory") and len(printed.splitlines()) == 1
+
+
+def test_any_other_error_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run_command(raising(RuntimeError("shapes do not fit")))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -91,6 +102,14 @@ def test_exit_code_of_a_process(main: str, code: int, printed: str) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert printed in errors and (printed or not errors)
+
+
+def test_sigterm_lets_what_is_open_be_closed() -> None:
+    process = run_python("print(next(iter([print('ready', flush=True)])), input(), file=sys.stderr)")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and not errors
 
 
 @pytest.mark.parametrize("lines", [1, 10_000])  # one line is written at the end, from the buffer

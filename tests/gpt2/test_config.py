@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.cli import UserError, fail
-from gpt2.config import ModelConfig, Params, check, load_params
+from gpt2.config import ModelConfig, Params, champion_uri, check, load_params
 
 ErrorLine = Callable[[Callable[[], object]], str]
 MISSING = object()
@@ -167,6 +167,17 @@ def test_impossible_combinations_are_reported_with_the_rest(problem: Callable[..
 def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, value: Any) -> None:
     line = problem(**{name: value})
     assert line.startswith(f"error: params.yaml: {name}") and len(line) < 300
+
+
+def test_the_champion_is_known_whatever_else_is_wrong(
+    tmp_path: Path, shipped: dict[str, Any], error_line: Callable[[Callable[[], object]], str]
+) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump({"train": 7, "register": shipped["register"]}))
+    assert champion_uri(path) == "models:/gpt2@champion"
+    for wrong, told in ({"name": "a/b", "alias": "x"}, "register: name"), (None, "register"):
+        path.write_text(yaml.safe_dump(shipped | {"register": wrong}))
+        assert error_line(lambda: champion_uri(path)).startswith(f"error: params.yaml: {told}")
 
 
 def test_a_source_that_dvc_does_not_watch_is_told_so(problem: Callable[..., str]) -> None:

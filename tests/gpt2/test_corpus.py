@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -142,6 +143,22 @@ def test_file_that_vanishes_is_refused(tmp_path: Path, error_line: ErrorLine) ->
     assert "b.txt" in error_line(lambda: [digest(document) for document in documents])
 
 
+def test_folder_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_line: ErrorLine
+) -> None:
+    write_files(tmp_path, a="one", b="two", c="three")
+    write_files(tmp_path / "closed", d="four")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:  # as the system does to all users but root
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert "Permission denied" in error_line(lambda: read_corpus(".", tmp_path))
+
+
 def test_loops_of_links_end(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "texts", a="1", b="2", c="3")
     (folder / "loop").symlink_to(folder)
@@ -167,6 +184,14 @@ def test_split_follows_the_texts_not_their_order_or_names() -> None:
     renamed = [Document(f"renamed {one.name}", one.pieces) for one in documents]
     again = split_documents([digest(one) for one in renamed], 0.1, 0.1)
     assert again == [split[document] for document in documents]
+
+
+@pytest.mark.parametrize("copies", [2, 7])
+def test_equal_texts_are_never_in_two_splits(copies: int) -> None:
+    digests = [Digest(10, f"{number // copies:02}") for number in range(14 * copies)]
+    splits = split_documents(digests, 0.25, 0.25)
+    for start in range(0, len(splits), copies):
+        assert len(set(splits[start : start + copies])) == 1
 
 
 DIGESTS = st.lists(st.builds(Digest, st.integers(0, 10**6), st.text("0123456789abcdef", min_size=8)), min_size=3)

@@ -101,6 +101,18 @@ def test_killed_process_never_leaves_half_a_folder(tmp_path: Path) -> None:
             shutil.rmtree(path)
 
 
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a").write_text("old")
+    (tmp_path / "it").symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):
+        with replacing(tmp_path / "it") as partial:
+            partial.mkdir()
+            (partial / "a").write_text("new")
+    assert (tmp_path / "it" / "a").read_text() == "new" and (tmp_path / "elsewhere" / "a").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "it"]
+
+
 def test_lock_is_waited_for_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "lock"
 

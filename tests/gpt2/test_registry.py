@@ -1,13 +1,19 @@
-"""The champion gives way to a lower test loss, or to a model that was measured in another way."""
+"""The champion gives way to a lower test loss, or to a model that was measured in another way; what is not there."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlflow
 import pytest
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
-from gpt2.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, reproduction, takes_over
-from gpt2.tracking import COMMIT, MODEL_SHA256
+from gpt2 import tracking
+from gpt2.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, fetch_model, reproduction, takes_over
+from gpt2.tracking import COMMIT, MODEL_SHA256, open_store
+
+ErrorLine = Callable[[Callable[[], object]], str]
 
 
 def version(number: int, loss: float, split: str = "a", stride: int = 256) -> ModelVersion:
@@ -47,3 +53,47 @@ def test_making_a_version_again_takes_its_commit_its_texts_and_tells_what_is_mis
     assert dirty[1].startswith("# Not all of its code was committed")
     assert "cp -r data/raw ../gpt2-55555555/data/" in dirty
     assert commands("", "sotu") == ["# It was made outside git, so there is no commit to make it again from."]
+
+
+@pytest.fixture(scope="module")
+def foreign_model(store: Path) -> None:
+    """A registered model that another program has made."""
+    with open_store():
+        client = mlflow.MlflowClient()
+        client.create_registered_model("foreign")
+        client.create_model_version("foreign", source=str(store))
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("models:/gpt2@champion", ""),
+        ("models:/gpt2/7", ""),
+        ("models:/gpt2", "give a version or an alias"),
+        ("models:/foreign/1", "another program has registered it"),
+        ("models:/foreign/2", ""),
+        ("models:/foreign@champion", ""),
+        ("runs:/0123456789abcdef0123456789abcdef/model", ""),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused_by_name(
+    foreign_model: None, error_line: ErrorLine, uri: str, reason: str
+) -> None:
+    line = error_line(lambda: fetch_model(uri))
+    assert line.startswith(f"error: no model at {uri} (") and reason in line and "`dvc repro`" in line
+
+
+def test_looking_for_a_model_makes_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_line: ErrorLine, store: Path
+) -> None:
+    monkeypatch.setattr(tracking, "main_root", lambda: tmp_path)
+    assert "there is no store" in error_line(lambda: fetch_model("models:/gpt2@champion"))
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_damaged_store_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_line: ErrorLine, store: Path
+) -> None:
+    (tmp_path / "mlflow.db").write_text("no database")
+    monkeypatch.setattr(tracking, "main_root", lambda: tmp_path)
+    assert "MLflow's store fails (" in error_line(lambda: fetch_model("models:/gpt2@champion"))

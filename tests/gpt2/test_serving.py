@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import mlflow
@@ -12,12 +13,12 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
 
-import gpt2
+from gpt2 import serving
 from gpt2.config import ModelConfig
-from gpt2.generation import GenerationSettings, Text, write_all
+from gpt2.generation import MAX_ROWS, GenerationSettings, Text, write_all
 from gpt2.model import GPT2Model
 from gpt2.registry import FOLDER, SIGNATURE
-from gpt2.serving import SharedWriter, refuse_unknown_params
+from gpt2.serving import SharedWriter, TextGenerator, refuse_unknown_params
 from gpt2.tokenizer import VOCAB_SIZE
 from gpt2.weights import load_model, save_model
 
@@ -38,9 +39,12 @@ def weights(
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> PyFuncModel:
     folder = tmp_path_factory.mktemp("served") / "model"
-    serving = Path(gpt2.__file__).with_name("serving.py")
     mlflow.pyfunc.save_model(
-        folder, python_model=str(serving), artifacts={FOLDER: str(weights)}, signature=SIGNATURE, pip_requirements=[]
+        folder,
+        python_model=str(serving.__file__),
+        artifacts={FOLDER: str(weights)},
+        signature=SIGNATURE,
+        pip_requirements=[],
     )
     return mlflow.pyfunc.load_model(str(folder))
 
@@ -79,6 +83,21 @@ def test_a_text_that_is_not_read_on_is_not_written_on(weights: Path) -> None:
     [other] = writer.submit([Text("One nation", GenerationSettings(max_tokens=2, seed=1))])
     assert len(list(other)) == 2
     assert text.ended
+
+
+def test_a_request_that_mlflow_has_given_up_is_not_written_on(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "REQUEST_SECONDS", 0.2)
+    model, _ = load_model(weights)
+    generator = TextGenerator()
+    generator.writer = SharedWriter(model)
+    endless = [Text("The war", GenerationSettings(max_tokens=2**31 - 1, seed=1)) for _ in range(2 * MAX_ROWS)]
+    monkeypatch.setattr(generator, "_texts", lambda *_: endless)
+    with pytest.raises(Empty):
+        generator.predict(None, PROMPTS)  # type: ignore[arg-type]
+    monkeypatch.setattr(serving, "REQUEST_SECONDS", 60.0)
+    [other] = generator.writer.submit([Text("One nation", GenerationSettings(max_tokens=2, seed=1))])
+    assert len(list(other)) == 2
+    assert all(text.ended for text in endless)
 
 
 def test_many_threads_get_each_their_own(served: PyFuncModel) -> None:

@@ -7,7 +7,6 @@ import signal
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -24,21 +23,7 @@ from gpt2.config import Params, load_params
 from gpt2.curves import write_curves
 from gpt2.files import write_json, write_text
 from gpt2.mlflow_database import PATH_COLUMNS
-from gpt2.tracking import RESULTS_KEY, SAMPLES_TABLE, mirror_run, open_store, training_run
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("checkout")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.delenv("DVC_EXP_NAME", raising=False)
-        patch.setattr(tracking, "main_root", lambda: root)
-        patch.setattr(tracking, "ROOT", root)
-        patch.setattr(tracking, "RECEIPT", root / "mlartifacts" / "receipt.json")
-        patch.setattr(tracking, "train_key", lambda params: "of these parameters")
-        yield root
-        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # back to the default
+from gpt2.tracking import BATCH_LIMIT, RESULTS_KEY, SAMPLES_TABLE, mirror_run, open_store, training_run
 
 
 @pytest.fixture
@@ -57,6 +42,23 @@ def runs_of(params: Params) -> list[Run]:
 def points(run: Run, name: str) -> list[tuple[int, float]]:
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, name)
     return sorted((point.step, point.value) for point in history)
+
+
+def test_a_long_curve_is_logged_whole(params: Params) -> None:
+    steps = BATCH_LIMIT + 1
+    with training_run(params) as log_metrics:
+        for step in range(steps):
+            log_metrics(step, {"train/loss": 1 / (step + 1)})
+    (run,) = runs_of(params)
+    assert points(run, "train/loss") == [(step, 1 / (step + 1)) for step in range(steps)]
+
+
+def test_a_deleted_experiment_is_restored(params: Params) -> None:
+    with open_store() as experiment_id:
+        mlflow.MlflowClient().delete_experiment(experiment_id)
+    with open_store() as restored:
+        assert restored == experiment_id
+        assert mlflow.MlflowClient().get_experiment(restored).lifecycle_stage == "active"
 
 
 def test_a_training_leaves_a_finished_run(params: Params, store: Path) -> None:

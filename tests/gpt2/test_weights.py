@@ -186,7 +186,13 @@ def test_unknown_weights_are_named(saved: Path, error_line: ErrorLine) -> None:
 def test_missing_configuration_is_named(saved: Path, error_line: ErrorLine) -> None:
     (saved / "config.json").unlink()
     for path in (saved, saved / "model.safetensors"):
-        assert "config.json does not exist" in error_line(partial(load_model, path))
+        line = error_line(partial(load_model, path))
+        assert f"{path} is no model" in line and "config.json does not exist" in line
+
+
+def test_weights_may_be_read_by_whoever_may_read_their_configuration(saved: Path) -> None:
+    weights, config = (saved / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode & 0o777 == config.stat().st_mode & 0o777
 
 
 @pytest.mark.parametrize(
