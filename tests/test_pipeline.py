@@ -25,6 +25,7 @@ import mlflow
 import psutil
 import pytest
 import yaml
+from filelock import FileLock
 from mlflow.entities import Run
 
 from gpt2.files import sha256_of
@@ -114,8 +115,20 @@ def shell(checkout: Path, environment: dict[str, str]) -> Shell:
 
 
 @pytest.fixture(scope="module")
-def reproduced(checkout: Path, shell: Shell) -> subprocess.CompletedProcess[str]:
-    return shell("dvc repro")
+def reproduced(checkout: Path, shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Let the checkout hold the results of `dvc repro`, run once for all processes that run tests; what it said."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "reproduced"
+    said = shared / "stdout"
+    with FileLock(f"{shared}.lock"):
+        if said.exists():
+            shutil.rmtree(checkout)
+            shutil.copytree(shared / "gpt2", checkout, symlinks=True)
+        else:
+            output = shell("dvc repro").stdout
+            shutil.copytree(checkout, shared / "gpt2", symlinks=True)
+            said.write_text(output)
+    return said.read_text()
 
 
 def client_of(checkout: Path, server: str | None = None) -> mlflow.MlflowClient:
@@ -164,7 +177,7 @@ def run_queue(checkout: Path, shell: Shell, environment: dict[str, str]) -> None
         try:
             process.wait(timeout=20)
         except subprocess.TimeoutExpired:
-            if not re.search("Queued|Running", shell("dvc queue status").stdout):
+            if not re.search("Queued|Running", shell(f"cd {checkout} && dvc queue status").stdout):
                 break
     if process.poll() is None:
         process.kill()
@@ -172,7 +185,7 @@ def run_queue(checkout: Path, shell: Shell, environment: dict[str, str]) -> None
         for file in checkout.glob(".dvc/tmp/exps/celery/*.pid"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(file.read_text()), signal.SIGTERM)
-    assert "Failed" not in shell("dvc queue status").stdout
+    assert "Failed" not in shell(f"cd {checkout} && dvc queue status").stdout
 
 
 def clone(checkout: Path, folder: Path, **train: int) -> Path:
@@ -192,12 +205,36 @@ def digests(checkout: Path) -> dict[str, str]:
     return {file.relative_to(checkout).as_posix(): sha256_of(file) for file in files if file.name != ".gitignore"}
 
 
+# Runs scripts in one process, since each would take seconds to import PyTorch and MLflow.
+RUN_SCRIPTS = """
+import runpy, sys
+sys.path.insert(0, "src")
+expected = int(sys.argv[1])
+for command in sys.argv[2:]:
+    script, *sys.argv[1:] = command.split()
+    code = 0
+    try:
+        runpy.run_path(f"src/{script}", run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    assert code == expected, (command, code)
+"""
+
+
+def run_scripts(commands: list[str], checkout: Path, environment: dict[str, str], code: int = 0) -> str:
+    """Run scripts of src with their arguments, which must end with this exit code; return what they say on stderr."""
+    program = [sys.executable, "-c", RUN_SCRIPTS, str(code)]
+    done = subprocess.run([*program, *commands], cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 def wait_for(find: Callable[[], Any], process: psutil.Process | None = None) -> None:
     """Wait until something is found, or the process has ended that might have brought it."""
     deadline = time.monotonic() + 120
     while not find() and (process is None or is_alive(process)):
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -206,13 +243,61 @@ def is_alive(process: psutil.Process) -> bool:
     return False
 
 
+def has_open(process: psutil.Process, file: Path) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any(one.path == str(file) for one in process.open_files())
+    return False
+
+
 def stages_run(output: str) -> list[str]:
     return re.findall(r"Running stage '(\w+)'", output)
 
 
-def test_repro_runs_every_stage_once(shell: Shell, reproduced: subprocess.CompletedProcess[str]) -> None:
-    assert stages_run(reproduced.stdout) == list(STAGES)
-    assert "gpt2 version 1 is champion" in reproduced.stdout
+# Kills a training, which seeds dropout with 1234 plus the number of steps done.
+DIE_AT_STEP_4 = """
+import os, signal, sys
+if sys.orig_argv[-1] == "src/train.py":
+    import torch
+    manual_seed = torch.manual_seed
+    torch.manual_seed = lambda seed: os.kill(os.getpid(), signal.SIGKILL) if seed == 1237 else manual_seed(seed)
+"""
+
+
+def test_experiments_leave_complete_runs_and_the_same_bytes(
+    checkout: Path, shell: Shell, environment: dict[str, str], tmp_path: Path, reproduced: object
+) -> None:
+    mine = shutil.copytree(checkout, tmp_path / "mine" / "gpt2", symlinks=True)
+    shell(f"cd {mine} && {COMMIT_RESULTS}")
+    (tmp_path / "sitecustomize.py").write_text(DIE_AT_STEP_4)
+    aside = f"cd {mine} && dvc exp run --temp -n aside -S train.max_steps=5 -S train.checkpoint_interval=2"
+    shell(f"export PYTHONPATH={tmp_path} && {aside}", code=255)
+    assert "going on after step 2" in shell(aside).stdout
+    for steps in (7, 8):
+        shell(f"cd {mine} && dvc exp run --queue -n queued-{steps} -S train.max_steps={steps}")
+    run_queue(mine, shell, environment)
+    runs = runs_by_name(mine)
+    expected = {"aside": 5, "queued-7": 7, "queued-8": 8}
+    assert set(expected) < set(runs)
+    for name, steps in expected.items():
+        assert runs[name].data.tags["dvc.experiment"] == name
+        assert_complete(mine, runs[name], steps)
+    assert "queued-8" in shell(f"cd {mine} && dvc exp show --csv").stdout
+    assert not list((mine / ".dvc/tmp/exps").glob("**/mlflow.db"))
+    by_hand = clone(mine, tmp_path / "gpt2", max_steps=8)
+    shell(f"cd {by_hand} && python src/prepare.py && python src/train.py")
+    trained = sha256_of(by_hand / "data/model/model.safetensors")
+    assert runs["queued-8"].data.tags["gpt2.model_sha256"] == trained
+    applied = shutil.copytree(mine, tmp_path / "applied", symlinks=True)
+    shell(f"cd {applied} && dvc exp apply queued-8")
+    # Texts were not in the experiment's own folder, so prepare runs again, with the same outcome.
+    assert stages_run(shell(f"cd {applied} && dvc repro").stdout) == ["prepare", "register"]
+    assert sha256_of(applied / "data/model/model.safetensors") == trained
+    assert set(runs_by_name(applied)) == set(runs)
+
+
+def test_repro_runs_every_stage_once(shell: Shell, reproduced: str) -> None:
+    assert stages_run(reproduced) == list(STAGES)
+    assert "gpt2 version 1 is champion" in reproduced
     assert stages_run(shell("dvc repro").stdout) == []
     assert "up to date" in shell("dvc status").stdout
 
@@ -245,16 +330,6 @@ def test_mlflow_mirrors_the_run(checkout: Path, reproduced: object) -> None:
     assert_complete(checkout, run, max_steps=6)
 
 
-def test_infer_writes_from_the_champion(shell: Shell, reproduced: object) -> None:
-    command = 'python src/infer.py --prompt "Roses number" --max_tokens 5 --temperature 0.7 --top_k 40 --seed 1'
-    written = shell(command)
-    assert written.stdout.startswith("Roses number") and len(written.stdout) > len("Roses number\n")
-    assert "d_model 16" in written.stderr and "tokens/s" in written.stderr
-    run_uri = re.search(r"run repro-\w+: (\w+)", shell("python src/register.py").stdout)
-    assert run_uri is not None
-    assert shell(f"{command} -m runs:/{run_uri[1]}/model").stdout == written.stdout
-
-
 def test_a_version_tells_how_to_make_it_again(checkout: Path, shell: Shell, reproduced: object) -> None:
     facts, commands = shell("python src/register.py --show").stdout.split("\n\n")
     shown = yaml.safe_load(facts)
@@ -269,15 +344,18 @@ def test_a_version_tells_how_to_make_it_again(checkout: Path, shell: Shell, repr
     assert shell(f"set -e\n{all_installed}").stdout.splitlines()[-1].split()[0] == made
 
 
-def test_weights_that_were_not_registered_are_refused(checkout: Path, shell: Shell, reproduced: object) -> None:
+def test_weights_that_were_not_registered_are_refused(
+    checkout: Path, shell: Shell, environment: dict[str, str], reproduced: object
+) -> None:
     assert "has the SHA-256 that was registered" in shell("python src/register.py --verify").stdout
     (weights,) = (checkout / "mlartifacts").rglob("model.safetensors")
     config = weights.with_name("config.json")
     whole, recorded = weights.read_bytes(), config.read_text()
 
     def assert_refused(reason: str) -> None:
-        for command in ("python src/register.py --verify", "python src/infer.py --prompt Roses"):
-            assert reason in shell(command, code=2).stderr
+        commands = ["register.py --verify", "register.py --verify models:/gpt2/1", "infer.py --prompt Roses"]
+        printed = run_scripts(commands, checkout, environment, code=2)
+        assert [reason in line for line in printed.splitlines()] == [True] * len(commands)
 
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert_refused("is damaged")
@@ -287,8 +365,17 @@ def test_weights_that_were_not_registered_are_refused(checkout: Path, shell: She
     config.write_text(recorded)
 
 
+def test_results_of_other_parameters_are_not_registered(checkout: Path, shell: Shell, reproduced: object) -> None:
+    before = runs_by_name(checkout).keys()
+    shell("sed -i.saved 's/max_steps: 6/max_steps: 7/' params.yaml")
+    refused = shell("python src/register.py", code=2).stderr
+    (checkout / "params.yaml.saved").replace(checkout / "params.yaml")
+    assert "data/model was trained with other parameters (train.max_steps 6, not 7); run `dvc repro`" in refused
+    assert runs_by_name(checkout).keys() == before
+
+
 def test_mlflow_serves_the_text_that_infer_and_sample_write(
-    checkout: Path, shell: Shell, environment: dict[str, str], reproduced: object
+    checkout: Path, shell: Shell, environment: dict[str, str], reproduced: str
 ) -> None:
     (sample,) = csv.DictReader((checkout / "data" / "samples" / "samples.csv").open())
     prompt, sampled, seed = sample["prompt"], sample["text"], int(sample["seed"])
@@ -314,10 +401,13 @@ def test_mlflow_serves_the_text_that_infer_and_sample_write(
         ):
             status, answer = post(address, **params)
             assert status == 400 and reason in answer, answer
-    written = shell(
-        f"python src/infer.py --prompt {shlex.quote(prompt)} --max_tokens 9 --seed {seed} --device cpu"
-    ).stdout
-    assert written == f"{prompt}{sampled}\n"
+    run_id = re.search(r"run repro-\w+: (\w+)", reproduced)
+    assert run_id is not None
+    settings = "--max_tokens 9 --temperature 0.7 --top_k 40 --device cpu"
+    for model in ("", f"--model runs:/{run_id[1]}/model"):
+        written = shell(f"python src/infer.py --prompt {shlex.quote(prompt)} --seed {seed} {settings} {model}")
+        assert written.stdout == f"{prompt}{sampled}\n"
+        assert "d_model 16" in written.stderr and "tokens/s" in written.stderr
 
 
 def test_by_hand_gives_the_same_bytes(checkout: Path, shell: Shell, reproduced: object) -> None:
@@ -337,16 +427,6 @@ def test_a_lost_store_is_rebuilt_without_training(checkout: Path, shell: Shell, 
     assert "gpt2 version 1 is champion" in repaired.stdout
     (run,) = runs_by_name(checkout).values()
     assert_complete(checkout, run, max_steps=6)
-
-
-# Kills a training, which seeds dropout with 1234 plus the number of steps done.
-DIE_AT_STEP_4 = """
-import os, signal, sys
-if sys.orig_argv[-1] == "src/train.py":
-    import torch
-    manual_seed = torch.manual_seed
-    torch.manual_seed = lambda seed: os.kill(os.getpid(), signal.SIGKILL) if seed == 1237 else manual_seed(seed)
-"""
 
 
 def test_a_clone_that_pulls_the_results_trains_nothing_and_may_be_moved(
@@ -375,37 +455,6 @@ def test_a_clone_that_pulls_the_results_trains_nothing_and_may_be_moved(
     champion = client.get_model_version_by_alias("gpt2", "champion")
     assert len(losses) == 2 and losses[champion.version] == min(losses.values())
     assert not pulled.exists()
-
-
-def test_experiments_leave_complete_runs_and_the_same_bytes(
-    checkout: Path, shell: Shell, environment: dict[str, str], tmp_path: Path, reproduced: object
-) -> None:
-    shell(COMMIT_RESULTS)
-    (tmp_path / "sitecustomize.py").write_text(DIE_AT_STEP_4)
-    aside = "dvc exp run --temp -n aside -S train.max_steps=5 -S train.checkpoint_interval=2"
-    shell(f"PYTHONPATH={tmp_path} {aside}", code=255)
-    assert "going on after step 2" in shell(aside).stdout
-    for steps in (7, 8):
-        shell(f"dvc exp run --queue -n queued-{steps} -S train.max_steps={steps}")
-    run_queue(checkout, shell, environment)
-    runs = runs_by_name(checkout)
-    expected = {"aside": 5, "queued-7": 7, "queued-8": 8}
-    assert set(expected) < set(runs)
-    for name, steps in expected.items():
-        assert runs[name].data.tags["dvc.experiment"] == name
-        assert_complete(checkout, runs[name], steps)
-    assert "queued-8" in shell("dvc exp show --csv").stdout
-    assert not list((checkout / ".dvc/tmp/exps").glob("**/mlflow.db"))
-    by_hand = clone(checkout, tmp_path / "gpt2", max_steps=8)
-    shell(f"cd {by_hand} && python src/prepare.py && python src/train.py")
-    trained = sha256_of(by_hand / "data/model/model.safetensors")
-    assert runs["queued-8"].data.tags["gpt2.model_sha256"] == trained
-    applied = shutil.copytree(checkout, tmp_path / "applied", symlinks=True)
-    shell(f"cd {applied} && dvc exp apply queued-8")
-    # Texts were not in the experiment's own folder, so prepare runs again, with the same outcome.
-    assert stages_run(shell(f"cd {applied} && dvc repro").stdout) == ["prepare", "register"]
-    assert sha256_of(applied / "data/model/model.safetensors") == trained
-    assert set(runs_by_name(applied)) == set(runs)
 
 
 def delete_broken_lock_file(checkout: Path) -> None:
@@ -438,7 +487,7 @@ def test_killed_at_any_moment_equals_unbroken(checkout: Path, environment: dict[
         clone(checkout, tmp_path / name / "gpt2", max_steps=max_steps, checkpoint_interval=interval)
         for name in ("unbroken", "killed")
     )
-    subprocess.run(["dvc", "repro", "--quiet"], cwd=unbroken, env=environment, check=True)
+    run_scripts([*(f"{stage}.py" for stage in STAGES if stage != "register")], unbroken, environment)
     output, noted = tmp_path / "output", tmp_path / "steps"
     noted.touch()
     (tmp_path / "sitecustomize.py").write_text(NOTE_STEPS)
@@ -454,7 +503,7 @@ def test_killed_at_any_moment_equals_unbroken(checkout: Path, environment: dict[
                 for process in dvc.children(recursive=True):
                     if process.cmdline()[1:] == [f"src/{stage}.py"]:
                         return dvc, process
-            time.sleep(0.01)
+            time.sleep(0.05)
         return dvc, None
 
     def kill(*victims: psutil.Process) -> None:
@@ -484,6 +533,8 @@ def test_killed_at_any_moment_equals_unbroken(checkout: Path, environment: dict[
             wait_for_steps(random.randint(1, 2 * interval), process)
             if random.random() < 0.5:  # while a checkpoint is being written
                 wait_for(lambda: list(killed.glob(".cache/train/*/partial")), process)
+        if stage == "register":
+            wait_for(lambda: has_open(process, killed / "mlflow.db"), process)
         with contextlib.suppress(psutil.TimeoutExpired):
             process.wait(random.uniform(0, 0.05 if stage == "train" else 3))
         running = is_alive(process)
@@ -525,9 +576,6 @@ def test_ctrl_c_saves_first_and_the_next_repro_goes_on(
     checkout: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     folder, noted = clone(checkout, tmp_path / "gpt2", max_steps=100), tmp_path / "steps"
-    write = [sys.executable, "src/infer.py", "--prompt", "Roses"]
-    refused = subprocess.run(write, cwd=folder, env=environment, capture_output=True, text=True)
-    assert refused.returncode == 2 and "no model at models:/gpt2@champion" in refused.stderr
     (tmp_path / "sitecustomize.py").write_text(NOTE_STEPS)
     noting = environment | {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(noted)}
     dvc = psutil.Popen(["dvc", "repro"], cwd=folder, env=noting, stdout=-1, stderr=-2, text=True, process_group=0)
@@ -587,10 +635,12 @@ def test_a_server_that_dies_costs_no_step(checkout: Path, environment: dict[str,
     folder = clone(checkout, tmp_path / "gpt2", max_steps=max_steps, log_interval=5)
 
     def repro(server: str) -> subprocess.Popen[str]:
-        variables = environment | {"MLFLOW_TRACKING_URI": server}
+        hurry = {"MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0", "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0"}
+        variables = environment | hurry | {"MLFLOW_TRACKING_URI": server}
         return subprocess.Popen(["dvc", "repro"], cwd=folder, env=variables, stdout=-1, stderr=-1, text=True)
 
     def has_points(server: str) -> bool:
+        time.sleep(0.3)  # asked more often, it would slow the training
         with contextlib.suppress(AssertionError):  # no experiment yet
             return any("train/loss" in run.data.metrics for run in runs_by_name(folder, server).values())
         return False

@@ -39,12 +39,18 @@ def trained(make_model: MakeModel, make_train_params: Callable[..., TrainParams]
     return train
 
 
-@pytest.fixture
-def two_states(tmp_path: Path, trained: Train) -> Path:
-    """A folder with the states of steps 1 and 2."""
+@pytest.fixture(scope="module")
+def saved_states(tmp_path_factory: pytest.TempPathFactory, trained: Train) -> Path:
+    """A folder with the states of steps 1 and 2, to be copied."""
+    folder = tmp_path_factory.mktemp("states")
     for step in (1, 2):
-        Checkpoints(tmp_path).save(step, *trained(step), {})
-    return tmp_path
+        Checkpoints(folder).save(step, *trained(step), {})
+    return folder
+
+
+@pytest.fixture
+def two_states(tmp_path: Path, saved_states: Path) -> Path:
+    return shutil.copytree(saved_states, tmp_path, dirs_exist_ok=True)
 
 
 def newest(folder: Path) -> Path:
@@ -83,11 +89,9 @@ def test_without_states_there_is_nothing_to_restore(tmp_path: Path, trained: Tra
 
 @given(data=st.data())
 def test_damaged_state_is_passed_over_with_a_warning(
-    data: st.DataObject, trained: Train, tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject, trained: Train, saved_states: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = tmp_path_factory.mktemp("states")
-    for step in (1, 2):
-        Checkpoints(folder).save(step, *trained(step), {})
+    folder = shutil.copytree(saved_states, tmp_path_factory.mktemp("damaged"), dirs_exist_ok=True)
     path = newest(folder)
     whole = path.read_bytes()
     at = data.draw(st.one_of(st.integers(0, 200), st.integers(0, len(whole) - 1)))  # often in the header

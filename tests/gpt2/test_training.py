@@ -19,10 +19,10 @@ from gpt2 import training
 from gpt2.batches import TrainingBatches, validation_batches
 from gpt2.checkpoints import Checkpoints
 from gpt2.cli import Stopped
-from gpt2.config import TrainParams
+from gpt2.config import ModelConfig, TrainParams
 from gpt2.model import GPT2Model, PositionwiseFeedForward
 from gpt2.text_vocabulary import TextVocabulary
-from gpt2.training import Meter, accumulate_gradients, mean_loss, train
+from gpt2.training import Meter, accumulate_gradients, build_model, mean_loss, train
 
 ErrorLine = Callable[[Callable[[], object]], str]
 MakeModel = Callable[..., GPT2Model]
@@ -54,6 +54,14 @@ def run(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Pat
 def same_weights(one: GPT2Model, two: GPT2Model) -> bool:
     states = one.state_dict(), two.state_dict()
     return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_model_that_cannot_fit_into_memory_is_refused_at_once(
+    make_config: Callable[..., ModelConfig], make_train_params: MakeTrainParams, error_line: ErrorLine
+) -> None:
+    config = make_config(d_model=2**20, n_layers=1000)
+    line = error_line(lambda: build_model(config, make_train_params()))
+    assert "this model and batch need at least" in line
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -415,6 +423,8 @@ def test_stop_signal_while_the_last_step_is_saved_still_stops(
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU takes a C++ compiler")
 def test_compiled_blocks_train_alike(run: Callable[..., Any], make_model: MakeModel) -> None:
-    (compiled, found, _), (plain, expected, _) = (run(make_model(), compile=choice) for choice in (True, False))
+    (compiled, found, _), (plain, expected, _) = (
+        run(make_model(n_layers=1), compile=choice) for choice in (True, False)
+    )
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
