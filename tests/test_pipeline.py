@@ -234,7 +234,7 @@ def wait_for(find: Callable[[], Any], process: psutil.Process | None = None) -> 
     deadline = time.monotonic() + 120
     while not find() and (process is None or is_alive(process)):
         assert time.monotonic() < deadline
-        time.sleep(0.005)
+        time.sleep(0.001)
 
 
 def is_alive(process: psutil.Process) -> bool:
