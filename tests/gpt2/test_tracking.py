@@ -185,13 +185,19 @@ def test_a_store_that_fails_does_not_fail_the_training(
 
 
 @pytest.mark.parametrize(
-    ("ending", "status"), [(None, "FINISHED"), (ZeroDivisionError(), "FAILED"), (Stopped(15, "stopped"), "KILLED")]
+    ("ending", "status"),
+    [
+        (None, "FINISHED"),
+        (ZeroDivisionError(), "FAILED"),
+        (Stopped(15, "stopped"), "KILLED"),
+        (SystemExit(143), "KILLED"),
+    ],
 )
 def test_a_store_that_fails_for_a_while_shows_how_the_training_ended(
     ending: BaseException | None, status: str, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "FLUSH_SECONDS", -1)
-    with contextlib.suppress(ZeroDivisionError, Stopped), training_run(params) as log_metrics:
+    with contextlib.suppress(ZeroDivisionError, Stopped, SystemExit), training_run(params) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
         with monkeypatch.context() as patch:
             patch.delattr(mlflow.MlflowClient, "log_batch")
