@@ -16,7 +16,7 @@ from gpt2.generation import GenerationSettings, Text, Writer
 from gpt2.model import GPT2Model
 from gpt2.project import PARAMS
 from gpt2.runtime import autocast, choose_device, choose_precision, keep_freed_memory
-from gpt2.session import change, converse, inform, write_text
+from gpt2.session import change, converse, inform, print_text
 from gpt2.weights import load_model
 
 SCORE_BATCH = 8  # windows
@@ -60,7 +60,7 @@ def main() -> None:
         return
     writer = Writer(model, 1, options.quantize)
     if text is not None:
-        write_text(writer, text)
+        print_text(writer, text)
     else:
         converse(writer, settings)
 

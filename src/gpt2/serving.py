@@ -22,8 +22,7 @@ from gpt2.model import GPT2Model
 from gpt2.weights import load_model
 
 NONE_IF_FALSE = ("top_k", "top_p", "min_p", "stop")  # a schema knows no null; 0 and "" stand for it
-
-
+# After which MLflow's server answers that a request has taken too long; it does not stop what computes the answer.
 REQUEST_SECONDS = float(os.environ.get("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", threading.TIMEOUT_MAX))
 
 
@@ -39,10 +38,10 @@ class SharedWriter:
         threading.Thread(target=self._write, daemon=True).start()
 
     def submit(self, texts: list[Text]) -> list[Generator[str]]:
-        """Return what each text goes on with, part by part. Reading raises what went wrong in writing.
+        """Return what each text goes on with, part by part.
 
-        A text is no longer written when its reader is closed, or has waited beyond the time that MLflow gives a
-        request.
+        Reading raises what went wrong in writing, and queue.Empty if the text has not ended after REQUEST_SECONDS. A
+        text that is no longer read is no longer written.
         """
         readers: list[SimpleQueue[str | Exception | None]] = [SimpleQueue() for _ in texts]
         with self._lock:

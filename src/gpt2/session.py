@@ -56,7 +56,7 @@ def converse(writer: Writer, settings: GenerationSettings) -> None:
                 match find_command(line):
                     case []:
                         if prompt := line.strip():
-                            write_text(writer, Text(prompt, settings))
+                            print_text(writer, Text(prompt, settings))
                     case ["quit" | "exit"]:
                         return
                     case ["help"]:
@@ -131,7 +131,7 @@ def _line_editing() -> Iterator[None]:
             readline.write_history_file(path)
 
 
-def write_text(writer: Writer, text: Text) -> None:
+def print_text(writer: Writer, text: Text) -> None:
     """Print the prompt and, token by token, what follows it; then the seed, time and speed on standard error."""
     if (cut := len(text.tokens) - writer.max_len) > 0:
         inform(f"the prompt has {len(text.tokens)} tokens; the first {cut} are cut, beyond its context")
