@@ -28,7 +28,7 @@ def load_tokens(path: Path) -> Tokens:
 class TrainingBatches:
     """Windows in an order reshuffled at every pass over the split, which also shifts where windows begin.
 
-    Raises UserError if the split is too short for one window.
+    Raises UserError if the split is too short for one window and its shifts.
     """
 
     def __init__(self, tokens: Tokens, batch_size: int, sequence_length: int, seed: int) -> None:

@@ -63,9 +63,10 @@ def train(
 
     If there is a checkpoint, training goes on from it, and log_metrics first gets again what was logged before it.
     log_metrics(step, metrics) gets "train/..." every log_interval steps and "val/loss" every eval_interval steps, on
-    eval_windows windows; after the last step it gets both, "val/loss" on the whole split. A metric's step counts the
-    optimizer steps done. Losses are nats per token. The resulting weights depend on the model, the tokens, params and
-    the kind of device alone, not on interruptions; on a GPU, whose sums may come in another order, to rounding.
+    eval_windows windows; after the last step it gets both, "val/loss" on the whole split. (It gets no "train/..." where
+    all steps since the last time were left out as bad.) A metric's step counts the optimizer steps done. Losses are
+    nats per token. The resulting weights depend on the model, the tokens, params and the kind of device alone, not on
+    interruptions; on a GPU, whose sums may come in another order, to rounding.
     Raises UserError if a split is too short for one window, what params ask for is not available here, the validation
     loss is not finite, or the loss or gradient of more than max_bad_steps steps is not; Stopped on Ctrl-C or SIGTERM,
     after saving a checkpoint; OSError if none can be saved.
@@ -112,10 +113,12 @@ def train(
             check_finite("loss", loss, step)
             check_finite("gradient's norm", norm, step)
 
+    def peak_bytes() -> int:
+        return max(earlier_peak_bytes, peak_memory_bytes(device))
+
     def save(step: int) -> None:
         with meter.paused():
-            peak_bytes = max(earlier_peak_bytes, peak_memory_bytes(device))
-            notes = {"history": history, "meter": meter.state(), "peak_memory_bytes": peak_bytes}
+            notes = {"history": history, "meter": meter.state(), "peak_memory_bytes": peak_bytes()}
             checkpoints.save(step, model, optimizers, notes)
 
     start, earlier_peak_bytes = 0, 0
@@ -192,9 +195,9 @@ def train(
         "val_perplexity": perplexity(final["val/loss"]),
         "steps": params.max_steps,
         "bad_steps": meter.bad_steps,
-        "tokens": params.max_steps * meter.batch_tokens,
+        "tokens": (params.max_steps - meter.bad_steps) * meter.batch_tokens,
         "tokens_per_second": meter.tokens_per_second(),
-        "peak_memory_bytes": max(earlier_peak_bytes, peak_memory_bytes(device)),
+        "peak_memory_bytes": peak_bytes(),
         "parameters": model.count_parameters(),
     }
     return metrics, history

@@ -230,7 +230,7 @@ def test_bad_steps_are_left_out_if_they_may_be(
         return model
 
     _, metrics, history = run(ruined(2, 5), max_bad_steps=2, log_interval=1)
-    assert metrics["bad_steps"] == 2 and math.isfinite(metrics["val_loss"])
+    assert metrics["bad_steps"] == 2 and metrics["tokens"] == 4 * 4 * 8 and math.isfinite(metrics["val_loss"])
     assert [step for step, logged in history if "train/loss" in logged] == [1, 3, 4, 6]
     assert "the loss is nan at step 5" in error_line(lambda: run(ruined(2, 5), max_bad_steps=1))
     checkpoints = Checkpoints(tmp_path)
