@@ -10,7 +10,7 @@ from gpt2.files import read_json, write_json
 from gpt2.lineage import checkpoint_folder
 from gpt2.project import METRICS, MODEL, PARAMS, RECEIPT, TOKENS
 from gpt2.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, promote, provenance, register, verify
-from gpt2.tracking import MODEL_SHA256, mirror_run
+from gpt2.tracking import MODEL_SHA256, flatten, mirror_run
 from gpt2.weights import CONFIG, read_config
 
 
@@ -56,13 +56,8 @@ def register_results() -> None:
 
 def check_parameters(params: Params) -> None:
     """Raise UserError if the model was trained with other parameters, whose run this would pass for."""
-    saved, present = read_json(MODEL / CONFIG), params.model_dump()
-    changes = [
-        f"{section}.{name} {saved.get(section, {}).get(name)}, not {value}"
-        for section in ("model", "train")
-        for name, value in present[section].items()
-        if saved.get(section, {}).get(name) != value
-    ]
+    saved, present = flatten(read_json(MODEL / CONFIG)), flatten(params.model_dump(include={"model", "train"}))
+    changes = [f"{name} {saved.get(name)}, not {value}" for name, value in present.items() if saved.get(name) != value]
     if changes:
         raise UserError(f"{MODEL} was trained with other parameters ({'; '.join(changes)}); run `dvc repro`")
 

@@ -403,10 +403,10 @@ def test_mlflow_serves_the_text_that_infer_and_sample_write(
             assert status == 400 and reason in answer, answer
     run_id = re.search(r"run repro-\w+: (\w+)", reproduced)
     assert run_id is not None
-    settings = "--max_tokens 9 --temperature 0.7 --top_k 40 --device cpu"
-    for model in ("", f"--model runs:/{run_id[1]}/model"):
-        written = shell(f"python src/infer.py --prompt {shlex.quote(prompt)} --seed {seed} {settings} {model}")
-        assert written.stdout == f"{prompt}{sampled}\n"
+    infer = f"python src/infer.py --prompt {shlex.quote(prompt)} --max_tokens 9 --seed {seed} --device cpu"
+    for options in ("", f"--temperature 0.7 --top_k 40 --model runs:/{run_id[1]}/model"):  # or the defaults
+        written = shell(f"{infer} {options}")
+        assert sampled and written.stdout == f"{prompt}{sampled}\n"
         assert "d_model 16" in written.stderr and "tokens/s" in written.stderr
 
 
@@ -487,7 +487,7 @@ def test_killed_at_any_moment_equals_unbroken(checkout: Path, environment: dict[
         clone(checkout, tmp_path / name / "gpt2", max_steps=max_steps, checkpoint_interval=interval)
         for name in ("unbroken", "killed")
     )
-    run_scripts([*(f"{stage}.py" for stage in STAGES if stage != "register")], unbroken, environment)
+    run_scripts([f"{stage}.py" for stage in STAGES if stage != "register"], unbroken, environment)
     output, noted = tmp_path / "output", tmp_path / "steps"
     noted.touch()
     (tmp_path / "sitecustomize.py").write_text(NOTE_STEPS)
@@ -576,6 +576,8 @@ def test_ctrl_c_saves_first_and_the_next_repro_goes_on(
     checkout: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     folder, noted = clone(checkout, tmp_path / "gpt2", max_steps=100), tmp_path / "steps"
+    refused = run_scripts(["infer.py --prompt Roses"], folder, environment, code=2)
+    assert "no model at models:/gpt2@champion" in refused
     (tmp_path / "sitecustomize.py").write_text(NOTE_STEPS)
     noting = environment | {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(noted)}
     dvc = psutil.Popen(["dvc", "repro"], cwd=folder, env=noting, stdout=-1, stderr=-2, text=True, process_group=0)
