@@ -29,6 +29,7 @@ from filelock import FileLock
 from mlflow.entities import Run
 
 from gpt2.files import sha256_of
+from gpt2.tracking import FLUSH_SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("prepare", "train", "evaluate", "sample", "register")
@@ -229,23 +230,18 @@ def run_scripts(commands: list[str], checkout: Path, environment: dict[str, str]
     return done.stderr
 
 
-def wait_for(find: Callable[[], Any], process: psutil.Process | None = None) -> None:
-    """Wait until something is found, or the process has ended that might have brought it."""
+def wait_for(find: Callable[[], Any], process: psutil.Process | None = None) -> Any:
+    """Wait until something is found, or the process has ended that might have brought it; return what is found."""
     deadline = time.monotonic() + 120
-    while not find() and (process is None or is_alive(process)):
+    while not (found := find()) and (process is None or is_alive(process)):
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(0.01)
+    return found
 
 
 def is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def has_open(process: psutil.Process, file: Path) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return any(one.path == str(file) for one in process.open_files())
     return False
 
 
@@ -467,18 +463,46 @@ def delete_broken_lock_file(checkout: Path) -> None:
             file.unlink()
 
 
-# Python runs such a file when it starts. In a training, this one notes each step as it begins.
-NOTE_STEPS = """
-import os, sys
+# Python runs such a file when it starts. By this one a training notes its steps as they begin, and a script stops, as
+# Ctrl-Z would do it, just before some of its changes and steps.
+NOTE_AND_STOP = """
+import itertools, os, signal, sys
 if sys.orig_argv[-1] == "src/train.py":
     import torch
     manual_seed = torch.manual_seed
     def noting_manual_seed(seed):
         with open(os.environ["NOTED_STEPS"], "a") as file:
             file.write(f"{os.getpid()} {seed}\\n")
+        sys.audit("step")
         return manual_seed(seed)
     torch.manual_seed = noting_manual_seed
+if sys.orig_argv[-1] == os.environ.get("STOPPED_SCRIPT"):
+    from sqlalchemy import Engine, event
+    numbers = itertools.count(1)
+    def stop_before_a_change(name, arguments):
+        if name in ("os.mkdir", "os.rename", "os.remove", "commit", "step"):
+            if str(next(numbers)) in os.environ["STOPS_BEFORE"].split():
+                os.kill(os.getpid(), signal.SIGSTOP)
+    sys.addaudithook(stop_before_a_change)
+    event.listen(Engine, "commit", lambda connection: sys.audit("commit"))
 """
+# The last change before which a stage may be stopped; each makes at least as many.
+LAST_STOPS = {"prepare": 10, "train": 60, "evaluate": 5, "sample": 14, "register": 60}
+
+
+def stopped_script(dvc: psutil.Popen) -> psutil.Process:
+    """Wait until a script of `dvc repro` stops, and return its process."""
+
+    def find() -> psutil.Process | None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in dvc.children(recursive=True):
+                if process.status() == psutil.STATUS_STOPPED:
+                    return process
+        return None
+
+    process = wait_for(find, dvc)
+    assert process
+    return process
 
 
 def test_killed_at_any_moment_equals_unbroken(checkout: Path, environment: dict[str, str], tmp_path: Path) -> None:
@@ -490,21 +514,15 @@ def test_killed_at_any_moment_equals_unbroken(checkout: Path, environment: dict[
     run_scripts([f"{stage}.py" for stage in STAGES if stage != "register"], unbroken, environment)
     output, noted = tmp_path / "output", tmp_path / "steps"
     noted.touch()
-    (tmp_path / "sitecustomize.py").write_text(NOTE_STEPS)
+    (tmp_path / "sitecustomize.py").write_text(NOTE_AND_STOP)
     noting = environment | {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(noted)}
 
-    def start(stage: str) -> tuple[psutil.Popen, psutil.Process | None]:
-        """Start `dvc repro`, and wait until it runs a stage's script or ends; return both processes."""
+    def start(stage: str, change: int) -> psutil.Popen:
+        """Start `dvc repro`, in which a stage's script stops before one of its changes, counted from 1."""
         delete_broken_lock_file(killed)
+        variables = noting | {"STOPPED_SCRIPT": f"src/{stage}.py", "STOPS_BEFORE": str(change)}
         with output.open("a") as file:
-            dvc = psutil.Popen(["dvc", "repro"], cwd=killed, env=noting, stdout=file, stderr=file)
-        while dvc.poll() is None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for process in dvc.children(recursive=True):
-                    if process.cmdline()[1:] == [f"src/{stage}.py"]:
-                        return dvc, process
-            time.sleep(0.05)
-        return dvc, None
+            return psutil.Popen(["dvc", "repro"], cwd=killed, env=variables, stdout=file, stderr=file)
 
     def kill(*victims: psutil.Process) -> None:
         for victim in victims:
@@ -512,60 +530,41 @@ def test_killed_at_any_moment_equals_unbroken(checkout: Path, environment: dict[
                 victim.kill()
                 victim.wait(60)
 
-    def steps() -> list[int]:
-        """All steps begun so far, in order, the first being 0."""
-        seeds = [line.split() for line in noted.read_text().splitlines()]
-        started = {process: i for i, (process, _) in reversed(list(enumerate(seeds)))}  # seeded for the first weights
-        return [int(seed) - 1234 for i, (process, seed) in enumerate(seeds) if started[process] != i]
-
-    def wait_for_steps(more: int, process: psutil.Process) -> None:
-        begun = len(steps())
-        wait_for(lambda: len(steps()) >= begun + more, process)
-
     random = Random(0)
 
-    def strike(stage: str) -> bool:
-        """Run the pipeline and kill it somewhere in a stage; return whether the stage's script still ran then."""
-        dvc, process = start(stage)
-        if process is None:
-            return False  # the stage had ended just before it was killed the last time
-        if stage == "train":
-            wait_for_steps(random.randint(1, 2 * interval), process)
-            if random.random() < 0.5:  # while a checkpoint is being written
-                wait_for(lambda: list(killed.glob(".cache/train/*/partial")), process)
-        if stage == "register":
-            wait_for(lambda: has_open(process, killed / "mlflow.db"), process)
-        with contextlib.suppress(psutil.TimeoutExpired):
-            process.wait(random.uniform(0, 0.05 if stage == "train" else 3))
-        running = is_alive(process)
+    def strike(stage: str) -> None:
+        """Run the pipeline, and kill it somewhere in a stage: its script alone, or all."""
+        dvc = start(stage, random.randint(1, LAST_STOPS[stage]))
+        process = stopped_script(dvc)
         kill(*random.choice([[process], [dvc, *dvc.children(recursive=True)]]))
         dvc.wait(60)
-        return running
 
-    kills = [strike("prepare")]
+    strike("prepare")
+    strike("train")
     # Only dvc is killed: the next one waits for the training that is left, and goes on when that too has died.
-    dvc, orphan = start("train")
-    assert orphan
-    wait_for_steps(1, orphan)
+    dvc = start("train", 120)  # the first that outlives the making of the store
+    orphan = stopped_script(dvc)
     kill(dvc)
-    orphan.suspend()
-    dvc, waiting = start("train")
-    assert waiting
-    wait_for(lambda: "another training writes to this checkout; waiting for it" in output.read_text(), waiting)
-    kills.append(is_alive(orphan))
+    dvc = start("train", LAST_STOPS["train"])
+    wait_for(lambda: "another training writes to this checkout; waiting for it" in output.read_text(), dvc)
+    assert is_alive(orphan) and is_alive(dvc)
     kill(orphan)
-    wait_for_steps(1, waiting)
-    kills.append(is_alive(waiting))
-    kill(waiting)
+    kill(stopped_script(dvc))
     dvc.wait(60)
-    kills += [strike(stage) for stage in [*["train"] * 8, "evaluate", "sample", *["register"] * 3]]
-    assert sum(kills) >= 10
+    for stage in [*["train"] * 6, "evaluate", "sample", *["register"] * 4]:
+        strike(stage)
     delete_broken_lock_file(killed)
     subprocess.run(["dvc", "repro", "--quiet"], cwd=killed, env=noting, check=True)
 
-    repeated = [last - following + 1 for last, following in pairwise(steps()) if following != last + 1]
-    assert repeated and all(0 < count <= interval for count in repeated), repeated
-    assert steps()[-1] == max_steps - 1
+    seeds: dict[str, list[int]] = {}
+    for line in noted.read_text().splitlines():
+        process, seed = line.split()
+        seeds.setdefault(process, []).append(int(seed) - 1234)
+    # A training seeds for its weights and, when it is not restored, for its start too, before its first step.
+    steps = [seed for own in seeds.values() for seed in own[2 if own[1:2] == [0] else 1 :]]
+    repeated = [last - following + 1 for last, following in pairwise(steps) if following != last + 1]
+    assert len(repeated) >= 3 and all(0 < count <= interval for count in repeated), repeated
+    assert steps[-1] == max_steps - 1
     assert digests(killed) == digests(unbroken)
     (run,) = runs_by_name(killed).values()
     assert_complete(killed, run, max_steps)
@@ -575,17 +574,19 @@ def test_killed_at_any_moment_equals_unbroken(checkout: Path, environment: dict[
 def test_ctrl_c_saves_first_and_the_next_repro_goes_on(
     checkout: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    folder, noted = clone(checkout, tmp_path / "gpt2", max_steps=100), tmp_path / "steps"
+    folder = clone(checkout, tmp_path / "gpt2", max_steps=100)
     refused = run_scripts(["infer.py --prompt Roses"], folder, environment, code=2)
     assert "no model at models:/gpt2@champion" in refused
-    (tmp_path / "sitecustomize.py").write_text(NOTE_STEPS)
-    noting = environment | {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(noted)}
-    dvc = psutil.Popen(["dvc", "repro"], cwd=folder, env=noting, stdout=-1, stderr=-2, text=True, process_group=0)
-    wait_for(lambda: noted.exists() and len(noted.read_text().splitlines()) > 5, dvc)
+    (tmp_path / "sitecustomize.py").write_text(NOTE_AND_STOP)
+    variables = {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(tmp_path / "steps")}
+    stopping = environment | variables | {"STOPPED_SCRIPT": "src/train.py", "STOPS_BEFORE": "120"}
+    dvc = psutil.Popen(["dvc", "repro"], cwd=folder, env=stopping, stdout=-1, stderr=-2, text=True, process_group=0)
+    script = stopped_script(dvc)
     os.killpg(dvc.pid, signal.SIGINT)
+    script.resume()
     output, _ = dvc.communicate(timeout=120)
     (step,) = re.findall(r"stopped after step (\d+), which is saved", output)
-    assert dvc.returncode != 0 and int(step) < 100
+    assert dvc.returncode != 0 and 0 < int(step) < 100
     repro = ["dvc", "repro", "train"]
     done = subprocess.run(repro, cwd=folder, env=environment, capture_output=True, text=True, check=True)
     assert f"going on after step {step}, restored" in done.stdout
@@ -633,23 +634,27 @@ def answers(url: str) -> bool:
 
 
 def test_a_server_that_dies_costs_no_step(checkout: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    max_steps, port = 600, free_port()  # the server comes back at the same one
-    folder = clone(checkout, tmp_path / "gpt2", max_steps=max_steps, log_interval=5)
+    max_steps, port = 100, free_port()  # the server comes back at the same one
+    folder = clone(checkout, tmp_path / "gpt2", max_steps=max_steps)
+    (tmp_path / "sitecustomize.py").write_text(NOTE_AND_STOP)
+    stopping = {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(tmp_path / "steps"), "STOPPED_SCRIPT": "src/train.py"}
+    hurry = {"MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0", "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0"}
 
-    def repro(server: str) -> subprocess.Popen[str]:
-        hurry = {"MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0", "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0"}
-        variables = environment | hurry | {"MLFLOW_TRACKING_URI": server}
-        return subprocess.Popen(["dvc", "repro"], cwd=folder, env=variables, stdout=-1, stderr=-1, text=True)
+    def repro(server: str, stops_before: str) -> psutil.Popen:
+        variables = environment | hurry | stopping | {"STOPS_BEFORE": stops_before, "MLFLOW_TRACKING_URI": server}
+        return psutil.Popen(["dvc", "repro"], cwd=folder, env=variables, stdout=-1, stderr=-1, text=True)
 
-    def has_points(server: str) -> bool:
-        time.sleep(0.3)  # asked more often, it would slow the training
-        with contextlib.suppress(AssertionError):  # no experiment yet
-            return any("train/loss" in run.data.metrics for run in runs_by_name(folder, server).values())
-        return False
+    def resume_when_points_are_due(process: psutil.Process) -> None:
+        time.sleep(FLUSH_SECONDS)
+        process.resume()
 
     with tracking_server(tmp_path / "server", port, environment) as server:
-        deserted = repro(server)
-        wait_for(lambda: has_points(server))
+        deserted = repro(server, "30 50")
+        resume_when_points_are_due(stopped_script(deserted))
+        process = stopped_script(deserted)
+        (run,) = runs_by_name(folder, server).values()
+        assert "train/loss" in run.data.metrics
+    resume_when_points_are_due(process)
     output, errors = deserted.communicate(timeout=300)
     assert stages_run(output) == list(STAGES) and deserted.returncode == 255
     assert "warning: MLflow's store fails, so training goes on without it" in errors
@@ -657,7 +662,7 @@ def test_a_server_that_dies_costs_no_step(checkout: Path, environment: dict[str,
     before = digests(folder)
 
     with tracking_server(tmp_path / "server", port, environment) as server:
-        completing = repro(server)
+        completing = repro(server, "")
         output, errors = completing.communicate(timeout=300)
         assert stages_run(output) == ["register"] and completing.returncode == 0, errors
         (run,) = runs_by_name(folder, server).values()
