@@ -7,7 +7,7 @@ from gpt2.evaluation import format_summary, summarize, token_losses
 from gpt2.files import read_json, write_json
 from gpt2.project import METRICS, MODEL, PARAMS, TOKENS
 from gpt2.runtime import autocast, choose_device, choose_precision, keep_freed_memory, use_threads
-from gpt2.weights import load_model
+from gpt2.weights import load_model, short_name
 
 
 def main() -> None:
@@ -20,9 +20,9 @@ def main() -> None:
     model, _ = load_model(MODEL)
     with autocast(device, choose_precision(params.train.precision, device)):
         losses = token_losses(model.to(device), tokens, params.evaluate.stride, params.evaluate.batch_size)
-    metrics = summarize(losses, text_bytes) | {"stride": params.evaluate.stride}
-    write_json(METRICS / "evaluate.json", metrics)
-    print(f"test {format_summary(metrics)}")
+    summary = summarize(losses, text_bytes)
+    write_json(METRICS / "evaluate.json", summary | {"stride": params.evaluate.stride, "model": short_name(MODEL)})
+    print(f"test {format_summary(summary)}")
 
 
 if __name__ == "__main__":

@@ -80,13 +80,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--temperature", help=f"0 takes the likeliest token, 1 draws as trained (default: {defaults.temperature})")
     add("--top_k", help=f'draw from the k likeliest tokens, or "none" (default: {defaults.top_k})')
     add("--top_p", help='draw from the likeliest tokens that hold this probability, or "none" (default: none)')
-    add("--min_p", help='draw from tokens this part as likely as the likeliest, or "none" (default: none)')
+    add("--min_p", help='draw from tokens at least this part as likely as the likeliest, or "none" (default: none)')
     add(
         "--repetition_penalty", help=f"above 1 makes what is there less likely (default: {defaults.repetition_penalty})"
     )
     add("--stop", help="the text ends before this one (default: none)")
     add("--seed", help="repeats a text (default: another one each time)")
-    add("--device", help=f"auto, cpu, cuda or mps (default: {defaults.device})")
+    add("--device", help=f"auto, cpu, cuda, cuda:N or mps (default: {defaults.device})")
     add("--quantize", help=f"none, or int8 for weights that are read faster (default: {defaults.quantize})")
     add(
         "--score",

@@ -14,7 +14,7 @@ from gpt2.model import GPT2Model
 from gpt2.project import METRICS, MODEL, PARAMS, SAMPLES, TOKENS
 from gpt2.runtime import choose_device, use_threads
 from gpt2.text_metrics import measure
-from gpt2.weights import load_model
+from gpt2.weights import load_model, short_name
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     write_text(SAMPLES / "samples.csv", table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC))
     write_text(SAMPLES / "samples.md", page(table))
     metrics = measure(written, training)
-    write_json(METRICS / "sample.json", metrics)
+    write_json(METRICS / "sample.json", metrics | {"model": short_name(MODEL)})
     figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     print(f"{len(table)} samples in data/samples: {figures}")
 

@@ -361,12 +361,21 @@ def test_weights_that_were_not_registered_are_refused(
     config.write_text(recorded)
 
 
-def test_results_of_other_parameters_are_not_registered(checkout: Path, shell: Shell, reproduced: object) -> None:
+def test_results_that_do_not_belong_together_are_not_registered(
+    checkout: Path, shell: Shell, reproduced: object
+) -> None:
     before = runs_by_name(checkout).keys()
     shell("sed -i.saved 's/max_steps: 6/max_steps: 7/' params.yaml")
     refused = shell("python src/register.py", code=2).stderr
     (checkout / "params.yaml.saved").replace(checkout / "params.yaml")
-    assert "data/model was trained with other parameters (train.max_steps 6, not 7); run `dvc repro`" in refused
+    assert "the results are of other parameters (train.max_steps 6, not 7); run `dvc repro`" in refused
+    for stage in ("evaluate", "sample"):
+        file = checkout / "data/metrics" / f"{stage}.json"
+        ours = file.read_text()
+        file.write_text(json.dumps(json.loads(ours) | {"model": "of-older"}))
+        refused = shell("python src/register.py", code=2).stderr
+        file.write_text(ours)
+        assert f"the results of stage {stage} are not of the model in data/model; run `dvc repro`" in refused
     assert runs_by_name(checkout).keys() == before
 
 

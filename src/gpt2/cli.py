@@ -32,19 +32,22 @@ class Parser(argparse.ArgumentParser):
 def run_command(main: Callable[[], None]) -> None:
     """Run main. Exit with 2 on a UserError or what the system refuses (a full disk, no memory), 130 on Ctrl-C.
 
-    SIGTERM ends it with 143, and what main has opened is closed.
+    SIGTERM ends it with 143, and what main has opened is closed. Where the reader of what it prints has left, e.g.
+    `head`, it ends in silence, with 141 as SIGPIPE would.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:  # it may be closed
+            sys.stdout.flush()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader, e.g. `head`, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _discard_output()
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError) as error:
         sys.exit(fail(error))
     except MemoryError:
@@ -67,7 +70,10 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         nonlocal received
         received = number
         restore()
-        os.write(2, b"\nsaving before it stops ...\n")  # print must not be called from a handler
+        try:
+            os.write(2, b"\nsaving before it stops ...\n")  # print must not be called from a handler
+        except OSError:  # the signal has ended its reader too, e.g. `tee`
+            _discard_output()
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -78,6 +84,13 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         yield lambda: received
     finally:
         restore()
+
+
+def _discard_output() -> None:
+    """Let nothing that is printed from here on fail for want of a reader."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
 
 
 def fail(message: object) -> int:

@@ -41,7 +41,12 @@ def sliding_windows(count: int, max_len: int, stride: int) -> Iterator[Window]:
 
 @torch.inference_mode()
 def token_losses(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) -> Tensor:
-    """Return the loss in nats of each of the tokens (N,), on the CPU; the first is predicted from <|endoftext|>."""
+    """Return the loss in nats of each of the tokens (N,), on the CPU; the first is predicted from <|endoftext|>.
+
+    Raises UserError if the stride is more than the model's context.
+    """
+    if stride > model.max_len:
+        raise UserError(f"stride {stride} is more than the model's max_len {model.max_len}")
     vocabulary = TextVocabulary.of_weight(model.output_projection.weight)
     device, rows = vocabulary.ids.device, vocabulary.rows(model.output_projection.weight)
     inputs, targets = _inputs(tokens), torch.from_numpy(tokens.astype(np.int64))

@@ -63,12 +63,12 @@ def publish(written: Path, path: Path) -> None:
         _sync(file)
     aside = path.with_name(f"{path.name}.old.partial")  # a folder cannot be replaced at once
     delete(aside)
-    if path.is_dir():
-        path.replace(aside)
     try:
+        if path.is_dir():
+            path.replace(aside)
         written.replace(path)
     except BaseException:
-        if aside.exists():
+        if aside.exists() and not path.exists():
             aside.replace(path)
         raise
     _sync(path.parent)

@@ -49,7 +49,7 @@ class Text:
         self.tokens = tokenizer.encode(prompt)  # and what has been written since
         self.written = 0  # tokens
         self.ended = False
-        self.abandoned = False  # by its reader; then it ends at the next token
+        self.abandoned = False  # by its reader; then it ends at the next token, or before its first
         self.seen_from: int | None = None  # the model sees the tokens from here on
         self._generator = torch.Generator().manual_seed(self.seed)
         self._stream = tokenizer.TextStream(settings.stop)
@@ -82,7 +82,14 @@ class Writer:
         rows: list[Text] = []
         while waiting or rows:
             while waiting and len(rows) < self._decoder.rows:
-                rows.append(waiting.popleft())
+                text = waiting.popleft()
+                if text.abandoned:
+                    text.ended = True
+                    yield text, ""
+                else:
+                    rows.append(text)
+            if not rows:
+                continue
             for text, logits in zip(rows, self._next_logits(rows), strict=True):
                 yield text, text.write(logits)
             for row in reversed(range(len(rows))):

@@ -70,8 +70,8 @@ def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
     client = mlflow.MlflowClient()
     with store_lock():
         version = _find_version(client, tags[MODEL_SHA256], name)
-        if version and not mlflow.artifacts.list_artifacts(_uri(version)):
-            client.delete_model_version(name, version.version)  # its files are lost
+        if version and _is_lost(version):
+            client.delete_model_version(name, version.version)
             version = None
         if version is None:
             logged = mlflow.pyfunc.log_model(
@@ -94,7 +94,11 @@ def promote(name: str, alias: str, version: ModelVersion) -> str:
     client = mlflow.MlflowClient()
     with store_lock():
         held = alias in client.get_registered_model(name).aliases
-        wins, verdict = takes_over(version, client.get_model_version_by_alias(name, alias) if held else None)
+        holder = client.get_model_version_by_alias(name, alias) if held else None
+        if holder and _is_lost(holder):
+            wins, verdict = True, f"the files of version {holder.version}, which held it, are lost"
+        else:
+            wins, verdict = takes_over(version, holder)
         if wins:
             client.set_registered_model_alias(name, alias, version.version)
     return f"{name} version {version.version} {'is' if wins else 'is not'} {alias}: {verdict}"
@@ -123,13 +127,13 @@ def fetch_model(uri: str) -> Path:
     Raises UserError if there is none, or another SHA-256 is recorded in it than was registered.
     """
     with _open_version(uri) as version:
-        folder = _local_folder(version).resolve() / "artifacts" / FOLDER
+        folder = local_folder(version).resolve() / "artifacts" / FOLDER
     if read_config(folder)[1] != version.tags[MODEL_SHA256]:
         raise UserError(f"{folder} does not hold the weights that were registered as {_uri(version)}")
     return folder
 
 
-def _local_folder(version: ModelVersion) -> Path:
+def local_folder(version: ModelVersion) -> Path:
     """Return where a version's files are on this machine: in the store, or in a copy that is kept here."""
     repository = get_artifact_repository(_uri(version))
     while isinstance(repository, ModelsArtifactRepository):  # which only finds another
@@ -142,6 +146,7 @@ def _local_folder(version: ModelVersion) -> Path:
             with replacing(kept) as partial:
                 partial.mkdir()
                 repository.download_artifacts("", str(partial))
+                read_config(partial / "artifacts" / FOLDER)  # what is lost in the store downloads as nothing
     return kept
 
 
@@ -239,6 +244,11 @@ def _find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | No
     conditions = [f"tags.`{MODEL_SHA256}` = '{model_sha256}'", *([f"name = '{name}'"] if name else [])]
     found = client.search_model_versions(" and ".join(conditions))
     return found[0] if found else None
+
+
+def _is_lost(version: ModelVersion) -> bool:
+    """Tell whether the store has a version's entry, but not its files."""
+    return not mlflow.artifacts.list_artifacts(_uri(version))
 
 
 def _uri(version: ModelVersion) -> str:

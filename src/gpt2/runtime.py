@@ -56,7 +56,7 @@ def choose_micro_batch_size(setting: Literal["auto"] | int, device: torch.device
 
 
 def choose_compilation(setting: Literal["auto"] | bool, device: torch.device, steps: int) -> bool:
-    """Return whether to compile; "auto" does on a GPU, in a training long enough to win back compiling's time.
+    """Return whether to compile; "auto" does on CUDA, in a training long enough to win back compiling's time.
 
     On a CPU it gained nothing. It depends on all of a training's steps, so that a resumed one computes alike.
     Raises UserError if compiling is asked for and something for it is missing; "auto" then does without.

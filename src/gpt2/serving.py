@@ -33,9 +33,8 @@ class SharedWriter:
         self._writer = Writer(model, MAX_ROWS)
         self._waiting: deque[Text] = deque()
         self._readers: dict[Text, SimpleQueue[str | Exception | None]] = {}
-        self._lock = threading.Lock()  # whatever waits has a reader
-        self._arrived = threading.Event()
-        threading.Thread(target=self._write, daemon=True).start()
+        self._writes = False  # a thread; it ends when no text is left, and then the model may be freed
+        self._lock = threading.Lock()  # whatever waits has a reader, and a thread that writes
 
     def submit(self, texts: list[Text]) -> list[Generator[str]]:
         """Return what each text goes on with, part by part.
@@ -47,7 +46,9 @@ class SharedWriter:
         with self._lock:
             self._readers.update(zip(texts, readers, strict=True))
             self._waiting.extend(texts)
-        self._arrived.set()
+            if not self._writes:
+                self._writes = True
+                threading.Thread(target=self._write, daemon=True).start()
         deadline = time.monotonic() + REQUEST_SECONDS
         return [self._read(text, reader, deadline) for text, reader in zip(texts, readers, strict=True)]
 
@@ -62,8 +63,7 @@ class SharedWriter:
             text.abandoned = True
 
     def _write(self) -> None:
-        while self._arrived.wait():
-            self._arrived.clear()
+        while True:
             try:
                 for text, part in self._writer.write(self._waiting):
                     reader = self._readers[text]
@@ -76,6 +76,10 @@ class SharedWriter:
                     self._waiting.clear()
                     while self._readers:
                         self._readers.popitem()[1].put(error)
+            with self._lock:
+                if not self._waiting:
+                    self._writes = False
+                    return
 
 
 class TextGenerator(PythonModel):

@@ -37,7 +37,7 @@ def converse(writer: Writer, settings: GenerationSettings) -> None:
     """Obey the lines of standard input until it ends or the user quits. Raises UserError if it is not UTF-8."""
     at_start, on_terminal = settings, sys.stdin.isatty() and sys.stdout.isatty()
     inform(HELP)
-    with _line_editing() if on_terminal else nullcontext():
+    with line_editing() if on_terminal else nullcontext():
         while True:
             try:
                 line = input("> " if on_terminal else "")
@@ -115,10 +115,13 @@ def _nearest(word: str, names: Sequence[str]) -> str | None:
 
 
 @contextmanager
-def _line_editing() -> Iterator[None]:
+def line_editing() -> Iterator[None]:
     """Let input() edit lines and recall earlier ones, those of former sessions too."""
-    import readline  # from here on it serves input()
-
+    try:
+        import readline  # from here on it serves input()
+    except ImportError:  # Python was built without it
+        yield
+        return
     path = main_root() / ".cache" / "infer_history"
     readline.set_history_length(HISTORY_LINES)
     with suppress(OSError):

@@ -197,9 +197,12 @@ def training_run(params: Params) -> Iterator[LogMetrics]:
 def mirror_run(params: Params, model_sha256: str) -> Iterator[Run]:
     """Open the run of the pipeline's present files, completed from them, or made anew if the store has none.
 
-    Raises UserError or OSError if a file is missing, UserError if the store fails.
+    Raises UserError or OSError if a file is missing, UserError if one is broken or the store fails.
     """
-    metrics, curves, documents = _final_metrics(), read_curves(PLOTS), pd.read_csv(TOKENS / "documents.csv")
+    try:
+        metrics, curves, documents = _final_metrics(), read_curves(PLOTS), pd.read_csv(TOKENS / "documents.csv")
+    except (ValueError, KeyError) as error:
+        raise UserError(f"the results cannot be read ({error}); run `dvc repro`") from None
     tables = (METRICS / "evaluate.json", METRICS / "sample.json", SAMPLES / "samples.csv", TOKENS / "meta.json")
     results = hash_of([model_sha256, *(sha256_of(path) for path in tables)])
     try:
@@ -306,7 +309,7 @@ def _final_metrics() -> dict[str, float]:
     evaluated, sampled, trained = (read_json(METRICS / f"{stage}.json") for stage in ("evaluate", "sample", "train"))
     return {
         **{f"test/{name}": evaluated[name] for name in ("loss", "perplexity", "bits_per_byte")},
-        **{f"sample/{name}": value for name, value in sampled.items()},
+        **{f"sample/{name}": value for name, value in sampled.items() if name != "model"},
         **{f"train/{name}": trained[name] for name in ("tokens", "peak_memory_bytes")},
         "model/parameters": trained["parameters"],
     }

@@ -64,7 +64,7 @@ def train(
     If there is a checkpoint, training goes on from it, and log_metrics first gets again what was logged before it.
     log_metrics(step, metrics) gets "train/..." every log_interval steps and "val/loss" every eval_interval steps, on
     eval_windows windows; after the last step it gets both, "val/loss" on the whole split. (It gets no "train/..." where
-    all steps since the last time were left out as bad.) A metric's step counts the optimizer steps done. Losses are
+    all steps since the last time were left out as bad.) A metric's step counts the steps done, bad ones too. Losses are
     nats per token. The resulting weights depend on the model, the tokens, params and the kind of device alone, not on
     interruptions; on a GPU, whose sums may come in another order, to rounding.
     Raises UserError if a split is too short for one window, what params ask for is not available here, the validation

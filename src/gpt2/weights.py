@@ -84,6 +84,11 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
     return check(ModelConfig, raw.get("model"), str(path)), raw["model_sha256"]
 
 
+def short_name(folder: Path) -> str:
+    """Return the first digits of the SHA-256 of a model folder's weights: by them results name their model."""
+    return read_config(folder)[1][:8]
+
+
 def _read_model_folder(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if not path.exists():
         raise UserError(f"{path} does not exist")

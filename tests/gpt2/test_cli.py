@@ -84,10 +84,14 @@ def test_mistake_of_ours_keeps_its_traceback(error: Exception) -> None:
         run_command(raising(error))
 
 
-def run_python(main: str) -> subprocess.Popen[str]:
+def command(main: str) -> list[str]:
     code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); from gpt2.cli import *; run_command(lambda: {main})"
+    return [sys.executable, "-c", code]
+
+
+def run_python(main: str) -> subprocess.Popen[str]:
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, text=True, env=buffered)
+    return subprocess.Popen(command(main), stdin=-1, stdout=-1, stderr=-1, text=True, env=buffered)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +112,26 @@ def test_sigterm_lets_what_is_open_be_closed() -> None:
     assert process.returncode == 143 and not errors
 
 
+WAIT_FOR_CTRL_C = """
+with stop_requests() as received:
+    print("ready", file=sys.stderr, flush=True)
+    while not received():
+        pass
+print("a training would save now", file=sys.stderr)
+raise Stopped(received(), "saved")
+"""
+
+
+def test_ctrl_c_that_ends_the_reader_too_still_lets_it_save() -> None:
+    process = run_python(f"exec({WAIT_FOR_CTRL_C!r}, globals())")
+    assert process.stderr is not None and process.stderr.readline() == "ready\n"
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+
+
 @pytest.mark.parametrize("lines", [1, 10_000])  # one line is written at the end, from the buffer
-def test_reader_that_leaves_early_is_no_error(lines: int) -> None:
+def test_reader_that_leaves_early_ends_it_in_silence(lines: int) -> None:
     process = run_python(f"[input(), [print('x' * 1000) for _ in range({lines})]]")
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     process.stdout.close()
@@ -117,4 +139,10 @@ def test_reader_that_leaves_early_is_no_error(lines: int) -> None:
     process.stdin.close()
     assert process.stderr.read() == ""
     process.stderr.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == 141
+
+
+def test_closed_output_is_no_error() -> None:
+    closing = ["sh", "-c", '"$@" >&-', "sh"]
+    done = subprocess.run([*closing, *command("print('fine')")], stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -71,6 +71,13 @@ def test_batch_size_does_not_change_the_losses(model: GPT2Model) -> None:
         torch.testing.assert_close(other, losses[0], atol=1e-5, rtol=0)
 
 
+def test_stride_beyond_the_context_is_refused(
+    model: GPT2Model, error_line: Callable[[Callable[[], object]], str]
+) -> None:
+    line = error_line(lambda: token_losses(model, draw_tokens(40), MAX_LEN + 1, 8))
+    assert "stride 7 is more than the model's max_len 6" in line
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_losses_that_are_not_finite_have_no_summary(
     error_line: Callable[[Callable[[], object]], str], loss: float

@@ -72,6 +72,26 @@ def test_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, mo
     assert (path / "file").read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("renamed", "left"), [("it", "old"), ("it.partial", "new")])
+def test_folder_is_whole_if_ctrl_c_comes_as_it_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: str, left: str
+) -> None:
+    path, replace = tmp_path / "it", Path.replace
+
+    def interrupted(source: Path, target: Path) -> Path:
+        replace(source, target)
+        if source.name == renamed:
+            raise KeyboardInterrupt
+        return target
+
+    with replacing(path) as partial:
+        make_folder(partial, "old")
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), replacing(path) as partial:
+        make_folder(partial, "new")
+    assert (path / "file").read_text() == left and not (tmp_path / "it.partial").exists()
+
+
 REPLACE_FOR_EVER = """
 import itertools, sys
 from pathlib import Path

@@ -1,5 +1,6 @@
 """The champion gives way to a lower test loss, or to a model that was measured in another way; what is not there."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,8 @@ import mlflow
 import pytest
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
-from gpt2 import tracking
-from gpt2.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, fetch_model, reproduction, takes_over
+from gpt2 import registry, tracking
+from gpt2.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, fetch_model, promote, reproduction, takes_over
 from gpt2.tracking import COMMIT, MODEL_SHA256, open_store
 
 ErrorLine = Callable[[Callable[[], object]], str]
@@ -53,6 +54,34 @@ def test_making_a_version_again_takes_its_commit_its_texts_and_tells_what_is_mis
     assert dirty[1].startswith("# Not all of its code was committed")
     assert "cp -r data/raw ../gpt2-55555555/data/" in dirty
     assert commands("", "sotu") == ["# It was made outside git, so there is no commit to make it again from."]
+
+
+def test_a_champion_whose_files_are_lost_gives_way(store: Path, tmp_path: Path) -> None:
+    with open_store():
+        client = mlflow.MlflowClient()
+        client.create_registered_model("losing")
+        for number, loss in ((1, 4.0), (2, 5.0)):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / "MLmodel").touch()
+            client.create_model_version("losing", source=str(folder), tags=version(number, loss).tags)
+        first, second = (client.get_model_version("losing", number) for number in ("1", "2"))
+        assert promote("losing", "champion", first).startswith("losing version 1 is champion")
+        assert promote("losing", "champion", second).startswith("losing version 2 is not champion")
+        shutil.rmtree(tmp_path / "1")
+        told = promote("losing", "champion", second)
+    assert told == "losing version 2 is champion: the files of version 1, which held it, are lost"
+
+
+def test_a_download_without_files_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_line: ErrorLine
+) -> None:
+    empty = SimpleNamespace(download_artifacts=lambda *_: None)
+    monkeypatch.setattr(registry, "get_artifact_repository", lambda _: empty)
+    monkeypatch.setattr(registry, "main_root", lambda: tmp_path)
+    (tmp_path / ".cache/models").mkdir(parents=True)
+    assert "config.json does not exist" in error_line(lambda: registry.local_folder(version(1, 5.0)))
+    assert [file.suffix for file in (tmp_path / ".cache/models").iterdir()] == [".lock"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """The model as MLflow loads it, without a registry or a server; the pipeline's tests ask a real server."""
 
+import gc
 import logging
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,6 +101,22 @@ def test_a_request_that_mlflow_has_given_up_is_not_written_on(weights: Path, mon
     [other] = generator.writer.submit([Text("One nation", GenerationSettings(max_tokens=2, seed=1))])
     assert len(list(other)) == 2
     assert all(text.ended for text in endless)
+    assert not any(text.written for text in endless[MAX_ROWS:])
+    assert all(text.seen_from is None for text in endless[MAX_ROWS:])  # the model has not even read them
+
+
+def test_a_model_that_is_no_longer_used_is_freed(weights: Path) -> None:
+    model, _ = load_model(weights)
+    writer = SharedWriter(model)
+    for parts in writer.submit([Text("The war", GenerationSettings(max_tokens=2, seed=1))]):
+        assert len(list(parts)) == 2
+    freed = weakref.ref(model)
+    del model, writer, parts
+    deadline = time.monotonic() + 60
+    while freed():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        gc.collect()
 
 
 def test_many_threads_get_each_their_own(served: PyFuncModel) -> None:

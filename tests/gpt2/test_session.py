@@ -1,12 +1,13 @@
 """What of a session's lines is a command, what a prompt, and what a mistake; and what a setting's text means."""
 
+import sys
 from typing import Any
 
 import pytest
 
 from gpt2.cli import UserError
 from gpt2.generation import GenerationSettings
-from gpt2.session import change, find_command
+from gpt2.session import change, find_command, line_editing
 
 
 @pytest.mark.parametrize(
@@ -102,3 +103,9 @@ def test_a_settings_text_is_what_it_says(name: str, text: str, value: Any) -> No
 def test_other_texts_are_refused(name: str, text: str) -> None:
     with pytest.raises(UserError, match=f"^settings: {name} "):
         change(GenerationSettings(), {name: text})
+
+
+def test_python_without_readline_has_sessions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "readline", None)
+    with line_editing():
+        pass

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import time
 import zlib
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -84,7 +85,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(tracking, name, tmp_path / name.lower())
     write_json(tmp_path / "metrics/train.json", {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10})
     write_json(tmp_path / "metrics/evaluate.json", {"loss": 4.0, "perplexity": 54.6, "bits_per_byte": 1.5})
-    write_json(tmp_path / "metrics/sample.json", SAMPLED)
+    write_json(tmp_path / "metrics/sample.json", SAMPLED | {"model": "79bb2d9d"})
     write_curves([(1, {"train/loss": 5.0}), (2, {"train/loss": 4.0})], tmp_path / "plots")
     write_text(tmp_path / "samples/samples.csv", "prompt,top_k,top_p,min_p,text\nThe,40,,,end\nA,,0.9,0.1,end\n")
     write_text(tmp_path / "tokens/documents.csv", "document,tokens\na.txt,8\n")
@@ -118,6 +119,22 @@ def test_a_mirror_completes_a_trainings_run_or_is_made_anew_from_the_files(param
     (run,) = runs_of(params)
     assert run.info.run_id != trained.info.run_id
     assert_mirrored(run, params)
+
+
+@pytest.mark.parametrize(
+    ("file", "broken"),
+    [("plots/val_loss.csv", "step,loss\n<<<<<<< HEAD\n"), ("metrics/train.json", "{}"), ("tokens/documents.csv", '"')],
+)
+def test_broken_results_are_refused(
+    params: Params, results: Path, error_line: Callable[[Callable[[], object]], str], file: str, broken: str
+) -> None:
+    write_text(results / file, broken)
+
+    def mirror() -> None:
+        with mirror_run(params, "of weights"):
+            raise AssertionError
+
+    assert "the results cannot be read (" in error_line(mirror)
 
 
 def test_other_figures_of_the_samples_are_another_run(params: Params, results: Path) -> None:
