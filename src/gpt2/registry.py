@@ -90,7 +90,7 @@ def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
 
 
 def promote(name: str, alias: str, version: ModelVersion) -> str:
-    """Give `alias` to `version` if takes_over says so; return what was done, in words."""
+    """Give `alias` to `version` if takes_over says so, or its holder's files are lost; return what was done."""
     client = mlflow.MlflowClient()
     with store_lock():
         held = alias in client.get_registered_model(name).aliases
