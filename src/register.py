@@ -35,18 +35,12 @@ def main() -> None:
 def register_results() -> None:
     """Bring what the stages before have written into MLflow."""
     params = load_params(PARAMS)
-    evaluated, sampled = (read_json(METRICS / f"{stage}.json") for stage in ("evaluate", "sample"))
-    meta = read_json(TOKENS / "meta.json")
-    check_results(params, evaluated, sampled, meta)
+    try:
+        tags = result_tags(params)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the results cannot be read ({error!r}); run `dvc repro`") from None
     name, alias = params.register_.name, params.register_.alias
-    _, model_sha256 = read_config(MODEL)
-    tags = {
-        MODEL_SHA256: model_sha256,
-        TEST_LOSS: repr(evaluated["loss"]),
-        TEST_STRIDE: str(evaluated["stride"]),
-        TEST_SHA256: meta["splits"]["test"]["sha256"],
-    }
-    with mirror_run(params, model_sha256) as run:
+    with mirror_run(params, tags[MODEL_SHA256]) as run:
         version = register(MODEL, name, tags)
         verdict = promote(name, alias, version)
     print(f"run {run.info.run_name}: {run.info.run_id}")
@@ -56,18 +50,30 @@ def register_results() -> None:
     write_json(RECEIPT, {"name": name, "alias": alias, **tags})
 
 
-def check_results(params: Params, evaluated: dict[str, Any], sampled: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Raise UserError if the files are not results of the present parameters, under which they would be recorded."""
-    recorded = {"prepare": {"source": meta["source"]}, "evaluate": {"stride": evaluated["stride"]}}
-    made = flatten(read_json(MODEL / CONFIG) | recorded)
+def result_tags(params: Params) -> dict[str, str]:
+    """Return what is told of a version: its weights, and how they were measured.
+
+    Raises UserError if the results are of another corpus, model, training or stride than the present parameters, under
+    which they would be recorded; KeyError or TypeError if one is not in its form.
+    """
+    evaluated, sampled = (read_json(METRICS / f"{stage}.json") for stage in ("evaluate", "sample"))
+    meta = read_json(TOKENS / "meta.json")
+    results = {"prepare": {"source": meta["source"]}, "evaluate": {"stride": evaluated["stride"]}}
+    recorded = flatten(read_json(MODEL / CONFIG) | results)
     compared: Any = {"prepare": {"source"}, "model": True, "train": True, "evaluate": {"stride"}}
     present = flatten(params.model_dump(include=compared))
-    changes = [f"{name} {made.get(name)}, not {value}" for name, value in present.items() if made.get(name) != value]
+    changes = [f"{key} {recorded.get(key)}, not {now}" for key, now in present.items() if recorded.get(key) != now]
     if changes:
         raise UserError(f"the results are of other parameters ({'; '.join(changes)}); run `dvc repro`")
     for stage, result in (("evaluate", evaluated), ("sample", sampled)):
-        if result.get("model") != short_name(MODEL):
+        if result["model"] != short_name(MODEL):
             raise UserError(f"the results of stage {stage} are not of the model in {MODEL}; run `dvc repro`")
+    return {
+        MODEL_SHA256: read_config(MODEL)[1],
+        TEST_LOSS: repr(evaluated["loss"]),
+        TEST_STRIDE: str(evaluated["stride"]),
+        TEST_SHA256: meta["splits"]["test"]["sha256"],
+    }
 
 
 if __name__ == "__main__":

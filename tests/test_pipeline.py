@@ -18,7 +18,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import mlflow
@@ -232,7 +231,7 @@ def run_scripts(commands: list[str], checkout: Path, environment: dict[str, str]
 
 def wait_for(find: Callable[[], Any], process: psutil.Process | None = None) -> Any:
     """Wait until something is found, or the process has ended that might have brought it; return what is found."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (found := find()) and (process is None or is_alive(process)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -304,10 +303,12 @@ def test_files_hold_the_contract(checkout: Path, reproduced: object) -> None:
     assert names <= set(trained)
     assert trained["steps"] == 6 and trained["tokens"] == 6 * 4 * 32
     evaluated = json.loads((checkout / "data/metrics/evaluate.json").read_text())
-    assert {"loss", "perplexity", "bits_per_byte", "tokens", "stride"} <= set(evaluated)
+    assert {"loss", "perplexity", "bits_per_byte", "tokens", "stride", "model"} <= set(evaluated)
     with (checkout / "data/plots/val_loss.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["3", "6"]
     sampled = json.loads((checkout / "data/metrics/sample.json").read_text())
+    model = json.loads((checkout / "data/model/config.json").read_text())["model_sha256"]
+    assert evaluated["model"] == sampled.pop("model") == model[:8]
     assert list(sampled) == ["distinct_1", "distinct_2", "distinct_3", "repetition", "copied_8grams"]
     assert all(type(value) is float and 0 <= value <= 1 for value in sampled.values()) and sampled["distinct_1"] > 0
     assert "**The quick brown**" in (checkout / "data/samples/samples.md").read_text()
@@ -362,20 +363,25 @@ def test_weights_that_were_not_registered_are_refused(
 
 
 def test_results_that_do_not_belong_together_are_not_registered(
-    checkout: Path, shell: Shell, reproduced: object
+    checkout: Path, shell: Shell, environment: dict[str, str], reproduced: object
 ) -> None:
     before = runs_by_name(checkout).keys()
     shell("sed -i.saved 's/max_steps: 6/max_steps: 7/' params.yaml")
     refused = shell("python src/register.py", code=2).stderr
     (checkout / "params.yaml.saved").replace(checkout / "params.yaml")
     assert "the results are of other parameters (train.max_steps 6, not 7); run `dvc repro`" in refused
-    for stage in ("evaluate", "sample"):
-        file = checkout / "data/metrics" / f"{stage}.json"
+    for name, changed, reason in (
+        ("metrics/evaluate.json", {"model": "of-older"}, "the results of stage evaluate are not of the model in"),
+        ("metrics/sample.json", {"model": "of-older"}, "the results of stage sample are not of the model in"),
+        ("metrics/evaluate.json", {"stride": 8}, "the results are of other parameters (evaluate.stride 8, not 16)"),
+        ("tokens/meta.json", {"source": "sotu"}, "other parameters (prepare.source sotu, not data/raw)"),
+        ("tokens/meta.json", {"splits": None}, "the results cannot be read"),
+    ):
+        file = checkout / "data" / name
         ours = file.read_text()
-        file.write_text(json.dumps(json.loads(ours) | {"model": "of-older"}))
-        refused = shell("python src/register.py", code=2).stderr
+        file.write_text(json.dumps(json.loads(ours) | changed))
+        assert reason in run_scripts(["register.py"], checkout, environment, code=2)
         file.write_text(ours)
-        assert f"the results of stage {stage} are not of the model in data/model; run `dvc repro`" in refused
     assert runs_by_name(checkout).keys() == before
 
 
@@ -476,6 +482,7 @@ def delete_broken_lock_file(checkout: Path) -> None:
 # Ctrl-Z would do it, just before some of its changes and steps.
 NOTE_AND_STOP = """
 import itertools, os, signal, sys
+sys.dont_write_bytecode = True  # its files would be changes too
 if sys.orig_argv[-1] == "src/train.py":
     import torch
     manual_seed = torch.manual_seed
@@ -485,7 +492,7 @@ if sys.orig_argv[-1] == "src/train.py":
         sys.audit("step")
         return manual_seed(seed)
     torch.manual_seed = noting_manual_seed
-if sys.orig_argv[-1] == os.environ.get("STOPPED_SCRIPT"):
+if sys.orig_argv[-1] == f"src/{os.environ['STOPPED_STAGE']}.py":
     from sqlalchemy import Engine, event
     numbers = itertools.count(1)
     def stop_before_a_change(name, arguments):
@@ -495,8 +502,33 @@ if sys.orig_argv[-1] == os.environ.get("STOPPED_SCRIPT"):
     sys.addaudithook(stop_before_a_change)
     event.listen(Engine, "commit", lambda connection: sys.audit("commit"))
 """
-# The last change before which a stage may be stopped; each makes at least as many.
-LAST_STOPS = {"prepare": 10, "train": 60, "evaluate": 5, "sample": 14, "register": 60}
+Repro = Callable[..., psutil.Popen]
+
+
+@pytest.fixture
+def repro(environment: dict[str, str], tmp_path: Path) -> Iterator[Repro]:
+    """Start `dvc repro` in a folder, where a stage's script stops before some of its changes, counted from 1.
+
+    Steps are noted in tmp_path / "steps". All that is left is killed in the end.
+    """
+    (tmp_path / "sitecustomize.py").write_text(NOTE_AND_STOP)
+    (tmp_path / "steps").touch()
+    started = []
+
+    def start(
+        folder: Path, stage: str, *stops: int, more: dict[str, str] | None = None, **streams: Any
+    ) -> psutil.Popen:
+        stopping = {"STOPPED_STAGE": stage, "STOPS_BEFORE": " ".join(map(str, stops))}
+        noting = {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(tmp_path / "steps")}
+        variables = environment | noting | stopping | (more or {})
+        dvc = psutil.Popen(["dvc", "repro"], cwd=folder, env=variables, text=True, process_group=0, **streams)
+        started.append(dvc.pid)
+        return dvc
+
+    yield start
+    for group in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def stopped_script(dvc: psutil.Popen) -> psutil.Process:
@@ -514,24 +546,21 @@ def stopped_script(dvc: psutil.Popen) -> psutil.Process:
     return process
 
 
-def test_killed_at_any_moment_equals_unbroken(checkout: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_killed_at_any_moment_equals_unbroken(
+    checkout: Path, environment: dict[str, str], tmp_path: Path, repro: Repro
+) -> None:
     max_steps, interval = 120, 3
     unbroken, killed = (
         clone(checkout, tmp_path / name / "gpt2", max_steps=max_steps, checkpoint_interval=interval)
         for name in ("unbroken", "killed")
     )
     run_scripts([f"{stage}.py" for stage in STAGES if stage != "register"], unbroken, environment)
-    output, noted = tmp_path / "output", tmp_path / "steps"
-    noted.touch()
-    (tmp_path / "sitecustomize.py").write_text(NOTE_AND_STOP)
-    noting = environment | {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(noted)}
+    output = tmp_path / "output"
 
-    def start(stage: str, change: int) -> psutil.Popen:
-        """Start `dvc repro`, in which a stage's script stops before one of its changes, counted from 1."""
+    def start(stage: str, *stops: int) -> psutil.Popen:
         delete_broken_lock_file(killed)
-        variables = noting | {"STOPPED_SCRIPT": f"src/{stage}.py", "STOPS_BEFORE": str(change)}
         with output.open("a") as file:
-            return psutil.Popen(["dvc", "repro"], cwd=killed, env=variables, stdout=file, stderr=file)
+            return repro(killed, stage, *stops, stdout=file, stderr=file)
 
     def kill(*victims: psutil.Process) -> None:
         for victim in victims:
@@ -539,34 +568,35 @@ def test_killed_at_any_moment_equals_unbroken(checkout: Path, environment: dict[
                 victim.kill()
                 victim.wait(60)
 
-    random = Random(0)
-
-    def strike(stage: str) -> None:
-        """Run the pipeline, and kill it somewhere in a stage: its script alone, or all."""
-        dvc = start(stage, random.randint(1, LAST_STOPS[stage]))
+    def strike(stage: str, change: int, alone: bool) -> None:
+        """Run the pipeline, and kill it before a change that a stage makes: the stage's script alone, or all."""
+        dvc = start(stage, change)
         process = stopped_script(dvc)
-        kill(*random.choice([[process], [dvc, *dvc.children(recursive=True)]]))
+        kill(*([process] if alone else [dvc, *dvc.children(recursive=True)]))
         dvc.wait(60)
 
-    strike("prepare")
-    strike("train")
+    strike("prepare", 10, alone=False)  # its folder is whole, and about to be renamed
+    strike("train", 40, alone=True)  # MLflow's store is half made
     # Only dvc is killed: the next one waits for the training that is left, and goes on when that too has died.
-    dvc = start("train", 120)  # the first that outlives the making of the store
+    dvc = start("train", 120)
     orphan = stopped_script(dvc)
     kill(dvc)
-    dvc = start("train", LAST_STOPS["train"])
+    dvc = start("train", 60)
     wait_for(lambda: "another training writes to this checkout; waiting for it" in output.read_text(), dvc)
     assert is_alive(orphan) and is_alive(dvc)
     kill(orphan)
     kill(stopped_script(dvc))
     dvc.wait(60)
-    for stage in [*["train"] * 6, "evaluate", "sample", *["register"] * 4]:
-        strike(stage)
-    delete_broken_lock_file(killed)
-    subprocess.run(["dvc", "repro", "--quiet"], cwd=killed, env=noting, check=True)
+    for i, change in enumerate((15, 33, 38, 43, 48, 53)):
+        strike("train", change, alone=i % 2 == 0)
+    strike("evaluate", 4, alone=True)
+    strike("sample", 9, alone=False)  # one of its three files is there
+    for i, change in enumerate((5, 20, 40, 60)):
+        strike("register", change, alone=i % 2 == 0)
+    assert start("train").wait(600) == 0
 
     seeds: dict[str, list[int]] = {}
-    for line in noted.read_text().splitlines():
+    for line in (tmp_path / "steps").read_text().splitlines():
         process, seed = line.split()
         seeds.setdefault(process, []).append(int(seed) - 1234)
     # A training seeds for its weights and, when it is not restored, for its start too, before its first step.
@@ -581,23 +611,21 @@ def test_killed_at_any_moment_equals_unbroken(checkout: Path, environment: dict[
 
 
 def test_ctrl_c_saves_first_and_the_next_repro_goes_on(
-    checkout: Path, environment: dict[str, str], tmp_path: Path
+    checkout: Path, environment: dict[str, str], tmp_path: Path, repro: Repro
 ) -> None:
     folder = clone(checkout, tmp_path / "gpt2", max_steps=100)
     refused = run_scripts(["infer.py --prompt Roses"], folder, environment, code=2)
     assert "no model at models:/gpt2@champion" in refused
-    (tmp_path / "sitecustomize.py").write_text(NOTE_AND_STOP)
-    variables = {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(tmp_path / "steps")}
-    stopping = environment | variables | {"STOPPED_SCRIPT": "src/train.py", "STOPS_BEFORE": "120"}
-    dvc = psutil.Popen(["dvc", "repro"], cwd=folder, env=stopping, stdout=-1, stderr=-2, text=True, process_group=0)
+    dvc = repro(folder, "train", 120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     script = stopped_script(dvc)
     os.killpg(dvc.pid, signal.SIGINT)
     script.resume()
     output, _ = dvc.communicate(timeout=120)
     (step,) = re.findall(r"stopped after step (\d+), which is saved", output)
     assert dvc.returncode != 0 and 0 < int(step) < 100
-    repro = ["dvc", "repro", "train"]
-    done = subprocess.run(repro, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["dvc", "repro", "train"], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
     assert f"going on after step {step}, restored" in done.stdout
 
 
@@ -642,23 +670,23 @@ def answers(url: str) -> bool:
         return False
 
 
-def test_a_server_that_dies_costs_no_step(checkout: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_server_that_dies_costs_no_step(
+    checkout: Path, environment: dict[str, str], tmp_path: Path, repro: Repro
+) -> None:
     max_steps, port = 100, free_port()  # the server comes back at the same one
     folder = clone(checkout, tmp_path / "gpt2", max_steps=max_steps)
-    (tmp_path / "sitecustomize.py").write_text(NOTE_AND_STOP)
-    stopping = {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(tmp_path / "steps"), "STOPPED_SCRIPT": "src/train.py"}
     hurry = {"MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0", "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0"}
 
-    def repro(server: str, stops_before: str) -> psutil.Popen:
-        variables = environment | hurry | stopping | {"STOPS_BEFORE": stops_before, "MLFLOW_TRACKING_URI": server}
-        return psutil.Popen(["dvc", "repro"], cwd=folder, env=variables, stdout=-1, stderr=-1, text=True)
+    def repro_at(server: str, *stops: int) -> psutil.Popen:
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return repro(folder, "train", *stops, more=hurry | {"MLFLOW_TRACKING_URI": server}, **pipes)
 
     def resume_when_points_are_due(process: psutil.Process) -> None:
         time.sleep(FLUSH_SECONDS)
         process.resume()
 
     with tracking_server(tmp_path / "server", port, environment) as server:
-        deserted = repro(server, "30 50")
+        deserted = repro_at(server, 30, 50)
         resume_when_points_are_due(stopped_script(deserted))
         process = stopped_script(deserted)
         (run,) = runs_by_name(folder, server).values()
@@ -671,7 +699,7 @@ def test_a_server_that_dies_costs_no_step(checkout: Path, environment: dict[str,
     before = digests(folder)
 
     with tracking_server(tmp_path / "server", port, environment) as server:
-        completing = repro(server, "")
+        completing = repro_at(server)
         output, errors = completing.communicate(timeout=300)
         assert stages_run(output) == ["register"] and completing.returncode == 0, errors
         (run,) = runs_by_name(folder, server).values()

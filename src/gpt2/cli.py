@@ -41,7 +41,10 @@ def run_command(main: Callable[[], None]) -> None:
         if sys.stdout:  # it may be closed
             sys.stdout.flush()
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        try:
+            print(stopped, file=sys.stderr)
+        except BrokenPipeError:
+            _discard_output()
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

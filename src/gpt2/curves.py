@@ -21,7 +21,7 @@ def write_curves(history: History, folder: Path) -> None:
 
 
 def read_curves(folder: Path) -> dict[str, Points]:
-    """Return the (step, value) points of every curve in folder. Raises OSError if one is missing."""
+    """Return the (step, value) points of every curve in folder. Raises OSError if one is missing, ValueError if broken."""
     return {name: _read(_path(name, folder)) for name in CURVES}
 
 
@@ -32,5 +32,6 @@ def _path(name: str, folder: Path) -> Path:
 def _read(path: Path) -> Points:
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
-        next(rows)
+        if next(rows, None) is None:
+            raise ValueError(f"{path} is empty")
         return [(int(step), float(value)) for step, value in rows]

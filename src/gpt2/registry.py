@@ -95,10 +95,9 @@ def promote(name: str, alias: str, version: ModelVersion) -> str:
     with store_lock():
         held = alias in client.get_registered_model(name).aliases
         holder = client.get_model_version_by_alias(name, alias) if held else None
-        if holder and _is_lost(holder):
+        wins, verdict = takes_over(version, holder)
+        if holder and not wins and _is_lost(holder):
             wins, verdict = True, f"the files of version {holder.version}, which held it, are lost"
-        else:
-            wins, verdict = takes_over(version, holder)
         if wins:
             client.set_registered_model_alias(name, alias, version.version)
     return f"{name} version {version.version} {'is' if wins else 'is not'} {alias}: {verdict}"

@@ -44,11 +44,11 @@ class SharedWriter:
         """
         readers: list[SimpleQueue[str | Exception | None]] = [SimpleQueue() for _ in texts]
         with self._lock:
+            if not self._writes:
+                threading.Thread(target=self._write, daemon=True).start()
+                self._writes = True
             self._readers.update(zip(texts, readers, strict=True))
             self._waiting.extend(texts)
-            if not self._writes:
-                self._writes = True
-                threading.Thread(target=self._write, daemon=True).start()
         deadline = time.monotonic() + REQUEST_SECONDS
         return [self._read(text, reader, deadline) for text, reader in zip(texts, readers, strict=True)]
 

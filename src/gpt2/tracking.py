@@ -201,7 +201,7 @@ def mirror_run(params: Params, model_sha256: str) -> Iterator[Run]:
     """
     try:
         metrics, curves, documents = _final_metrics(), read_curves(PLOTS), pd.read_csv(TOKENS / "documents.csv")
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the results cannot be read ({error}); run `dvc repro`") from None
     tables = (METRICS / "evaluate.json", METRICS / "sample.json", SAMPLES / "samples.csv", TOKENS / "meta.json")
     results = hash_of([model_sha256, *(sha256_of(path) for path in tables)])

@@ -150,6 +150,7 @@ def train(
             set_learning_rates(optimizers, step, params)
             loss, norm = compute(*batches(step))
             done = step + 1
+            progress.disable = stop_signal() != 0  # Ctrl-C may have ended its reader too; now saving matters
             if meter.bad_steps < params.max_bad_steps and not math.isfinite(loss + norm):
                 meter.bad_steps += 1
                 progress.write(f"step {done} is left out: its loss is {loss:g}, its gradient's norm {norm:g}")

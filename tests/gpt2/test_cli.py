@@ -117,16 +117,22 @@ with stop_requests() as received:
     print("ready", file=sys.stderr, flush=True)
     while not received():
         pass
-print("a training would save now", file=sys.stderr)
+sys.stdin.read()  # until the reader has left
 raise Stopped(received(), "saved")
 """
 
 
-def test_ctrl_c_that_ends_the_reader_too_still_lets_it_save() -> None:
+@pytest.mark.parametrize("told", ["", "saving before it stops ...\n"])
+def test_ctrl_c_that_ends_the_reader_too_still_lets_it_save(told: str) -> None:
     process = run_python(f"exec({WAIT_FOR_CTRL_C!r}, globals())")
-    assert process.stderr is not None and process.stderr.readline() == "ready\n"
-    process.stderr.close()
+    assert process.stdin is not None and process.stderr is not None and process.stderr.readline() == "ready\n"
+    if not told:
+        process.stderr.close()
     process.send_signal(signal.SIGINT)
+    if told:
+        assert process.stderr.readline() + process.stderr.readline() == f"\n{told}"
+        process.stderr.close()
+    process.stdin.close()
     assert process.wait(timeout=60) == 130
 
 
