@@ -512,23 +512,21 @@ def repro(environment: dict[str, str], tmp_path: Path) -> Iterator[Repro]:
     Steps are noted in tmp_path / "steps". All that is left is killed in the end.
     """
     (tmp_path / "sitecustomize.py").write_text(NOTE_AND_STOP)
-    (tmp_path / "steps").touch()
-    started = []
+    steps = tmp_path / "steps"
+    steps.touch()
 
     def start(
-        folder: Path, stage: str, *stops: int, more: dict[str, str] | None = None, **streams: Any
+        folder: Path, stage: str, *stops: int, more: dict[str, str] | None = None, **options: Any
     ) -> psutil.Popen:
         stopping = {"STOPPED_STAGE": stage, "STOPS_BEFORE": " ".join(map(str, stops))}
-        noting = {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(tmp_path / "steps")}
-        variables = environment | noting | stopping | (more or {})
-        dvc = psutil.Popen(["dvc", "repro"], cwd=folder, env=variables, text=True, process_group=0, **streams)
-        started.append(dvc.pid)
-        return dvc
+        variables = environment | {"PYTHONPATH": str(tmp_path), "NOTED_STEPS": str(steps)} | stopping | (more or {})
+        return psutil.Popen(["dvc", "repro"], cwd=folder, env=variables, text=True, **options)
 
     yield start
-    for group in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("NOTED_STEPS") == str(steps):
+                process.kill()
 
 
 def stopped_script(dvc: psutil.Popen) -> psutil.Process:
@@ -616,7 +614,7 @@ def test_ctrl_c_saves_first_and_the_next_repro_goes_on(
     folder = clone(checkout, tmp_path / "gpt2", max_steps=100)
     refused = run_scripts(["infer.py --prompt Roses"], folder, environment, code=2)
     assert "no model at models:/gpt2@champion" in refused
-    dvc = repro(folder, "train", 120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    dvc = repro(folder, "train", 120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0)
     script = stopped_script(dvc)
     os.killpg(dvc.pid, signal.SIGINT)
     script.resume()

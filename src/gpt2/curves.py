@@ -21,7 +21,7 @@ def write_curves(history: History, folder: Path) -> None:
 
 
 def read_curves(folder: Path) -> dict[str, Points]:
-    """Return the (step, value) points of every curve in folder. Raises OSError if one is missing, ValueError if broken."""
+    """Return the (step, value) points of every curve in folder. Raises OSError or ValueError."""
     return {name: _read(_path(name, folder)) for name in CURVES}
 
 
