@@ -1,24 +1,24 @@
 """Stage evaluate: the trained model's perplexity on the test split."""
 
-from gpt2.batches import load_tokens
-from gpt2.cli import run_command
 from gpt2.config import load_params
-from gpt2.evaluation import format_summary, summarize, token_losses
-from gpt2.files import read_json, write_json
-from gpt2.project import METRICS, MODEL, PARAMS, TOKENS
-from gpt2.runtime import autocast, choose_device, choose_precision, keep_freed_memory, use_threads
-from gpt2.weights import load_model, short_name
+from gpt2.core.cli import run_command
+from gpt2.core.device import autocast, choose_device, choose_precision, keep_freed_memory, use_threads
+from gpt2.core.files import read_json, write_json
+from gpt2.core.paths import METRICS, MODEL, PARAMS, TOKENS
+from gpt2.data.batches import load_tokens
+from gpt2.evaluation.perplexity import format_summary, summarize, token_losses
+from gpt2.model.weights import load_model, short_name
 
 
 def main() -> None:
     params = load_params(PARAMS)
-    use_threads(params.train.threads)
+    use_threads(params.runtime.threads)
     keep_freed_memory()
-    device = choose_device(params.train.device)
+    device = choose_device(params.runtime.device)
     tokens = load_tokens(TOKENS / "test.bin")
     text_bytes = read_json(TOKENS / "meta.json")["splits"]["test"]["bytes"]
     model, _ = load_model(MODEL)
-    with autocast(device, choose_precision(params.train.precision, device)):
+    with autocast(device, choose_precision(params.runtime.precision, device)):
         losses = token_losses(model.to(device), tokens, params.evaluate.stride, params.evaluate.batch_size)
     summary = summarize(losses, text_bytes)
     write_json(METRICS / "evaluate.json", summary | {"stride": params.evaluate.stride, "model": short_name(MODEL)})

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2 import tokenizer
-from gpt2.cli import Parser, UserError, run_command
 from gpt2.config import Device, ModelConfig, champion_uri
-from gpt2.decoding import Quantization
-from gpt2.evaluation import format_summary, predict, summarize, token_losses
-from gpt2.generation import GenerationSettings, Text, Writer
-from gpt2.model import GPT2Model
-from gpt2.project import PARAMS
-from gpt2.runtime import autocast, choose_device, choose_precision, keep_freed_memory
-from gpt2.session import change, converse, inform, print_text
-from gpt2.weights import load_model
+from gpt2.core.cli import Parser, run_command
+from gpt2.core.device import autocast, choose_device, choose_precision, keep_freed_memory
+from gpt2.core.errors import UserError
+from gpt2.core.paths import PARAMS
+from gpt2.data import tokenizer
+from gpt2.evaluation.perplexity import format_summary, predict, summarize, token_losses
+from gpt2.generation.decoder import Quantization
+from gpt2.generation.engine import GenerationSettings, Text, Writer
+from gpt2.generation.repl import change, converse, inform, print_text
+from gpt2.model.gpt2 import GPT2Model
+from gpt2.model.weights import load_model
 
 SCORE_BATCH = 8  # windows
 EXPLAINED, CONTEXT_CHARACTERS, TOKEN_CHARACTERS = 10, 32, 18
@@ -100,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
 def find_model(name: str) -> Path:
     """Return the path of a model given as a path or as an MLflow URI."""
     if name.startswith(("models:", "runs:")):
-        from gpt2.registry import fetch_model  # MLflow takes as long to import as PyTorch
+        from gpt2.tracking.registry import fetch_model  # MLflow takes as long to import as PyTorch
 
         return fetch_model(name)
     return Path(name)

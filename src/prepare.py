@@ -1,11 +1,11 @@
 """Stage prepare: the corpus becomes token files in data/tokens."""
 
-from gpt2.cli import run_command
 from gpt2.config import load_params
-from gpt2.corpus import read_corpus
-from gpt2.files import replacing
-from gpt2.project import PARAMS, TOKENS, main_root
-from gpt2.token_files import write_token_files
+from gpt2.core.cli import run_command
+from gpt2.core.files import replacing
+from gpt2.core.paths import PARAMS, TOKENS, main_root
+from gpt2.data.corpus import read_corpus
+from gpt2.data.token_files import write_token_files
 
 
 def main() -> None:

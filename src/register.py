@@ -5,15 +5,16 @@ With --show or --verify it registers nothing, and tells where a registered model
 
 from typing import Any
 
-from gpt2.checkpoints import Checkpoints
-from gpt2.cli import Parser, UserError, run_command
 from gpt2.config import Params, champion_uri, load_params
-from gpt2.files import read_json, write_json
-from gpt2.lineage import checkpoint_folder
-from gpt2.project import METRICS, MODEL, PARAMS, RECEIPT, TOKENS
-from gpt2.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, promote, provenance, register, verify
-from gpt2.tracking import MODEL_SHA256, flatten, mirror_run
-from gpt2.weights import CONFIG, read_config, short_name
+from gpt2.core.cli import Parser, run_command
+from gpt2.core.errors import UserError
+from gpt2.core.files import read_json, write_json
+from gpt2.core.paths import METRICS, MODEL, PARAMS, RECEIPT, TOKENS
+from gpt2.model.weights import CONFIG, read_config, short_name
+from gpt2.tracking.lineage import checkpoint_folder
+from gpt2.tracking.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, promote, provenance, register, verify
+from gpt2.tracking.runs import MODEL_SHA256, flatten, mirror_run
+from gpt2.training.checkpoints import Checkpoints
 
 
 def main() -> None:

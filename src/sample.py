@@ -5,24 +5,24 @@ import itertools
 
 import pandas as pd
 
-from gpt2.batches import load_tokens
-from gpt2.cli import run_command
 from gpt2.config import SampleParams, SamplingParams, load_params
-from gpt2.files import write_json, write_text
-from gpt2.generation import GenerationSettings, Text, write_all
-from gpt2.model import GPT2Model
-from gpt2.project import METRICS, MODEL, PARAMS, SAMPLES, TOKENS
-from gpt2.runtime import choose_device, use_threads
-from gpt2.text_metrics import measure
-from gpt2.weights import load_model, short_name
+from gpt2.core.cli import run_command
+from gpt2.core.device import choose_device, use_threads
+from gpt2.core.files import write_json, write_text
+from gpt2.core.paths import METRICS, MODEL, PARAMS, SAMPLES, TOKENS
+from gpt2.data.batches import load_tokens
+from gpt2.evaluation.text_metrics import measure
+from gpt2.generation.engine import GenerationSettings, Text, write_all
+from gpt2.model.gpt2 import GPT2Model
+from gpt2.model.weights import load_model, short_name
 
 
 def main() -> None:
     params = load_params(PARAMS)
-    use_threads(params.train.threads)
+    use_threads(params.runtime.threads)
     training = load_tokens(TOKENS / "train.bin")
     model, _ = load_model(MODEL)
-    table, written = sample(model.to(choose_device(params.train.device)), params.sample)
+    table, written = sample(model.to(choose_device(params.runtime.device)), params.sample)
     # Texts may hold a \r, for which pandas sees no need to quote.
     write_text(SAMPLES / "samples.csv", table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC))
     write_text(SAMPLES / "samples.md", page(table))

@@ -4,18 +4,18 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # a training gains nothing by spinning, and slows another beside it
 
-from gpt2 import tracking
-from gpt2.batches import load_tokens
-from gpt2.checkpoints import Checkpoints
-from gpt2.cli import run_command
 from gpt2.config import ModelConfig, load_params
-from gpt2.curves import write_curves
-from gpt2.files import exclusive, read_json, write_json
-from gpt2.lineage import checkpoint_folder
-from gpt2.project import CHECKOUT_LOCK, METRICS, MODEL, PARAMS, PLOTS, TOKENS
-from gpt2.runtime import keep_freed_memory, use_threads
-from gpt2.training import build_model, train
-from gpt2.weights import save_model
+from gpt2.core.cli import run_command
+from gpt2.core.device import keep_freed_memory, use_threads
+from gpt2.core.files import exclusive, read_json, write_json
+from gpt2.core.paths import CHECKOUT_LOCK, METRICS, MODEL, PARAMS, PLOTS, TOKENS
+from gpt2.data.batches import load_tokens
+from gpt2.model.weights import save_model
+from gpt2.tracking import runs as tracking
+from gpt2.tracking.lineage import checkpoint_folder
+from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.history import write_curves
+from gpt2.training.trainer import build_model, train
 
 
 def main() -> None:

@@ -14,11 +14,12 @@ import pytest
 import yaml
 from hypothesis import settings
 
-from gpt2.cli import UserError, fail
 from gpt2.config import ModelConfig, TrainParams, check
+from gpt2.core.cli import fail
+from gpt2.core.errors import UserError
 
 if TYPE_CHECKING:  # PyTorch takes seconds, also in the process that only hands out the tests
-    from gpt2.model import GPT2Model
+    from gpt2.model.gpt2 import GPT2Model
 
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("quick")
@@ -74,7 +75,7 @@ def make_model() -> Callable[..., GPT2Model]:
     """Build a tiny model; with `random`, every weight, bias and norm is far from its usual first value."""
     import torch
 
-    from gpt2.model import GPT2Model
+    from gpt2.model.gpt2 import GPT2Model
 
     def make(*, seed: int = 0, random: bool = False, **changes: Any) -> GPT2Model:
         torch.manual_seed(seed)
@@ -140,7 +141,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The root of a checkout with an empty MLflow store, which tracking takes for its own."""
     import mlflow
 
-    from gpt2 import tracking
+    from gpt2.tracking import runs as tracking
 
     root = tmp_path_factory.mktemp("checkout")
     with pytest.MonkeyPatch.context() as patch:

@@ -20,14 +20,14 @@ import yaml
 
 import evaluate
 import infer
-from gpt2 import tokenizer
-from gpt2.cli import run_command
 from gpt2.config import ModelConfig
-from gpt2.decoding import Quantization
-from gpt2.files import read_json, write_json, write_text
-from gpt2.generation import Writer
-from gpt2.model import GPT2Model
-from gpt2.weights import load_model, save_model
+from gpt2.core.cli import run_command
+from gpt2.core.files import read_json, write_json, write_text
+from gpt2.data import tokenizer
+from gpt2.generation.decoder import Quantization
+from gpt2.generation.engine import Writer
+from gpt2.model.gpt2 import GPT2Model
+from gpt2.model.weights import load_model, save_model
 
 Infer = Callable[..., tuple[int, str, str]]
 

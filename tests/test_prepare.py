@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import prepare
-from gpt2.files import read_json
+from gpt2.core.files import read_json
 
 
 @pytest.fixture

@@ -3,19 +3,18 @@
 import difflib
 import re
 import reprlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from gpt2.cli import UserError
+from gpt2.core.errors import UserError
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 MOST = 2**31  # all counts are below it
 MOST_SIZE = 2**20  # of a matrix or a batch
-Precision = Literal["auto", "float32", "bfloat16"]
+MOST_THREADS = 1024
 
 
 def _source(name: str) -> str:
@@ -31,16 +30,16 @@ def _device(name: str) -> str:
     return name
 
 
-def _auto_or_bool(value: Any) -> Any:
-    if value != "auto" and not isinstance(value, bool):
-        raise ValueError("should be auto, true or false")
-    return value
+def _auto_or_int(most: int) -> BeforeValidator:
+    """A union of pydantic's would report the same value twice."""
 
+    def check(value: Any) -> Any:
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if value != "auto" and not (is_int and 0 < value <= most):
+            raise ValueError(f"should be auto or an integer from 1 to {most}")
+        return value
 
-def _auto_or_size(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MOST_SIZE):
-        raise ValueError(f"should be auto or an integer from 1 to {MOST_SIZE}")
-    return value
+    return BeforeValidator(check)
 
 
 def _prompt(text: str) -> str:
@@ -83,6 +82,12 @@ class PrepareParams(Section):
     val_fraction: Fraction
     test_fraction: Fraction
 
+    @model_validator(mode="after")
+    def _leaves_training_text(self) -> Self:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction and test_fraction leave nothing to train on")
+        return self
+
 
 class ModelParams(Section):
     d_model: Size
@@ -95,12 +100,18 @@ class ModelParams(Section):
     qkv_bias: bool
     activation: Literal["gelu", "gelu_tanh"]
 
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        return self
+
 
 class TrainParams(Section):
     seed: Natural
     max_steps: Count
     batch_size: Size
-    micro_batch_size: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_size)]
+    micro_batch_size: Annotated[Literal["auto"] | int, _auto_or_int(MOST_SIZE)]
     sequence_length: Size
     initialization: Literal["bigrams", "random"]
     optimizer: Literal["adamw", "muon"]
@@ -114,11 +125,15 @@ class TrainParams(Section):
     eval_interval: Count
     eval_windows: Count
     checkpoint_interval: Count
-    max_bad_steps: Natural
-    threads: Annotated[int, Field(gt=0, le=1024)]
+    compile: bool
+
+
+class RuntimeParams(Section):
+    """What several stages compute with: see core/device.py."""
+
+    threads: Annotated[Literal["auto"] | int, _auto_or_int(MOST_THREADS)]
     device: Device
-    precision: Precision
-    compile: Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
+    precision: Literal["auto", "float32", "bfloat16"]
 
 
 class EvaluateParams(Section):
@@ -152,9 +167,30 @@ class Params(Section):
     prepare: PrepareParams
     model: ModelParams
     train: TrainParams
+    runtime: RuntimeParams
     evaluate: EvaluateParams
     sample: SampleParams
     register_: Annotated[RegisterParams, Field(alias="register")]
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        lengths = {
+            "train.sequence_length": self.train.sequence_length,
+            "evaluate.stride": self.evaluate.stride,
+        }
+        conflicts = [
+            f"{name} {length} is more than model.max_len {self.model.max_len}"
+            for name, length in lengths.items()
+            if length > self.model.max_len
+        ]
+        if self.train.initialization == "bigrams":
+            if self.model.tie_weights:
+                conflicts.append("train.initialization bigrams needs model.tie_weights false")
+            if self.model.d_model < 3:
+                conflicts.append(f"train.initialization bigrams needs model.d_model 3 or more ({self.model.d_model})")
+        if conflicts:
+            raise ValueError("; ".join(conflicts))
+        return self
 
 
 class ModelConfig(ModelParams):
@@ -165,8 +201,7 @@ class ModelConfig(ModelParams):
 
 def load_params(path: Path) -> Params:
     """Read and check params.yaml. Raises UserError with every problem in one line."""
-    raw = _read(path)
-    return check(Params, raw, path.name, find_conflicts(raw))
+    return check(Params, _read(path), path.name)
 
 
 def champion_uri(path: Path) -> str:
@@ -185,46 +220,13 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def find_conflicts(raw: Any) -> list[str]:
-    """Return what is wrong between values of params.yaml that may each be right."""
-
-    def value(name: str) -> Any:
-        section, key = name.split(".")
-        found = raw.get(section) if isinstance(raw, dict) else None
-        return found.get(key) if isinstance(found, dict) else None
-
-    def numbers(*names: str) -> tuple[Any, ...]:
-        values = tuple(_number(value(name)) for name in names)
-        return values if all(isinstance(value, int | float) and 0 < value < MOST for value in values) else ()
-
-    conflicts = []
-    if (pair := numbers("model.d_model", "model.n_heads")) and pair[0] % pair[1]:
-        conflicts.append(f"model.d_model {pair[0]} is not a multiple of model.n_heads {pair[1]}")
-    for name in ("train.sequence_length", "evaluate.stride"):
-        if (pair := numbers(name, "model.max_len")) and pair[0] > pair[1]:
-            conflicts.append(f"{name} {pair[0]} is more than model.max_len {pair[1]}")
-    if (pair := numbers("train.max_bad_steps", "train.max_steps")) and pair[0] >= pair[1]:
-        conflicts.append(f"train.max_bad_steps {pair[0]} is not below train.max_steps {pair[1]}")
-    if value("train.initialization") == "bigrams":
-        if value("model.tie_weights") is True:
-            conflicts.append("train.initialization bigrams needs model.tie_weights false")
-        if (size := numbers("model.d_model")) and size[0] < 3:
-            conflicts.append(f"train.initialization bigrams needs model.d_model 3 or more ({size[0]})")
-    if sum(numbers("prepare.val_fraction", "prepare.test_fraction")) >= 1:
-        conflicts.append("prepare.val_fraction and prepare.test_fraction leave nothing to train on")
-    return conflicts
-
-
-def check(model: type[AnyModel], raw: Any, where: str, conflicts: Sequence[str] = ()) -> AnyModel:
+def check(model: type[AnyModel], raw: Any, where: str) -> AnyModel:
     """Validate raw against model. Raises UserError that lists every problem, with the nearest known name."""
-    problems: list[str] = []
     try:
-        checked = model.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
         problems = [_describe(model, problem) for problem in error.errors(include_url=False)]
-    if problems or conflicts:
-        raise UserError(f"{where}: {'; '.join([*problems, *conflicts])}")
-    return checked
+        raise UserError(f"{where}: {'; '.join(problems)}") from None
 
 
 def _describe(model: type[BaseModel], problem: Any) -> str:
@@ -234,12 +236,14 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         return f"{location} is unknown" + (f" (did you mean {near[0]}?)" if near else "")
     if problem["type"] == "missing":
         return f"{location} is missing"
+    message = problem["msg"].replace("Input should", "should").removeprefix("Value error, ")
+    if isinstance(problem["input"], dict) and problem["type"] == "value_error":  # a conflict between values
+        return f"{location}: {message}".removeprefix(": ")
     try:
         shown = reprlib.repr(problem["input"])  # bounded: YAML's aliases can make a short file a huge value
     except ValueError:
         shown = "a huge number"
     value = shown if len(shown) <= 40 else f"{shown[:37]}..."
-    message = problem["msg"].replace("Input should", "should").removeprefix("Value error, ")
     return f"{location} {message} ({value})".strip()
 
 

@@ -55,9 +55,9 @@ def measure(contender: str, texts: int, greedy: bool, device: str) -> float:
 def ours(texts: int, greedy: bool, device: str, contender: str) -> Callable[[], object]:
     # As in infer.py, gpt2 is imported before torch: it sets how torch's threads wait.
     from gpt2.config import load_params
-    from gpt2.generation import GenerationSettings, Text, Writer
-    from gpt2.training import build_model
-    from gpt2.weights import load_model
+    from gpt2.generation.engine import GenerationSettings, Text, Writer
+    from gpt2.model.weights import load_model
+    from gpt2.training.trainer import build_model
 
     if "trained" in contender:
         model, _ = load_model(MODEL)
@@ -79,8 +79,8 @@ def transformers(texts: int, greedy: bool, device: str) -> Callable[[], object]:
     import torch  # before gpt2, so that its threads wait as in any program
 
     from gpt2.config import load_params
-    from gpt2.generation import GenerationSettings
-    from gpt2.tokenizer import VOCAB_SIZE, encode
+    from gpt2.data.tokenizer import VOCAB_SIZE, encode
+    from gpt2.generation.engine import GenerationSettings
 
     params, settings = load_params(ROOT / "params.yaml"), GenerationSettings()
     model: Any = transformers_model(params).to(device).eval()
@@ -137,9 +137,9 @@ def int8_cost() -> None:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from gpt2.batches import load_tokens, validation_batches
-    from gpt2.decoding import Decoder, Quantization
-    from gpt2.weights import load_model
+    from gpt2.data.batches import load_tokens, validation_batches
+    from gpt2.generation.decoder import Decoder, Quantization
+    from gpt2.model.weights import load_model
 
     print_circumstances(os.cpu_count() or 1)
     model, config = load_model(MODEL)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def model_config(params: Params) -> ModelConfig:
     """Return the configuration of the model that the pipeline trains."""
     from gpt2.config import ModelConfig
-    from gpt2.tokenizer import VOCAB_SIZE
+    from gpt2.data.tokenizer import VOCAB_SIZE
 
     return ModelConfig(**params.model.model_dump(), vocab_size=VOCAB_SIZE)
 

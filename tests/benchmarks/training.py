@@ -33,10 +33,8 @@ import gpt2  # noqa: F401  # before torch: it sets how torch's threads wait
 import torch
 from torch import Tensor, nn
 
-from gpt2.batches import Tokens, TrainingBatches, load_tokens, validation_batches
-from gpt2.checkpoints import Checkpoints
 from gpt2.config import Params, load_params
-from gpt2.runtime import (
+from gpt2.core.device import (
     autocast,
     choose_device,
     choose_precision,
@@ -44,9 +42,11 @@ from gpt2.runtime import (
     peak_memory_bytes,
     use_threads,
 )
-from gpt2.text_vocabulary import TextVocabulary
-from gpt2.tokenizer import VOCAB_SIZE
-from gpt2.training import build_model, train
+from gpt2.data.batches import Tokens, TrainingBatches, load_tokens, validation_batches
+from gpt2.data.tokenizer import VOCAB_SIZE
+from gpt2.model.seen_tokens import TextVocabulary
+from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.trainer import build_model, train
 
 GPU_STEPS = 50  # are timed together on a GPU
 PEER_TOKENS, PEER_RATE, PEER_WARMUP = 600_000, 6e-4, 10

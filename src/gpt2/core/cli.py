@@ -1,0 +1,92 @@
+"""How every command ends: its exit code, and one line on standard error for a user's mistake."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from gpt2.core.errors import Stopped, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse whose errors are the project's one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run main. Exit with 2 on a UserError or what the system refuses (a full disk, no memory), 130 on Ctrl-C.
+
+    SIGTERM ends it with 143, and what main has opened is closed. Where the reader of what it prints has left, e.g.
+    `head`, it ends in silence, with 141 as SIGPIPE would.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        main()
+        if sys.stdout:  # it may be closed
+            sys.stdout.flush()
+    except Stopped as stopped:
+        try:
+            print(stopped, file=sys.stderr)
+        except BrokenPipeError:
+            _discard_output()
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        _discard_output()
+        sys.exit(128 + signal.SIGPIPE)
+    except (UserError, OSError) as error:
+        sys.exit(fail(error))
+    except MemoryError:
+        sys.exit(fail("there is not enough memory"))
+    except RuntimeError as error:
+        if "allocate" not in str(error) and "out of memory" not in str(error):  # PyTorch's words for no memory
+            raise
+        sys.exit(fail(f"there is not enough memory: {str(error).splitlines()[0]}"))
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Hold back Ctrl-C and SIGTERM; yield a function that returns the number of the one received, or 0.
+
+    A second one acts at once, and so does either where it was not held back.
+    """
+    received = 0
+
+    def hold_back(number: int, _: FrameType | None) -> None:
+        nonlocal received
+        received = number
+        restore()
+        try:
+            os.write(2, b"\nsaving before it stops ...\n")  # print must not be called from a handler
+        except OSError:  # the signal has ended its reader too, e.g. `tee`
+            _discard_output()
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous = {number: signal.signal(number, hold_back) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received
+    finally:
+        restore()
+
+
+def _discard_output() -> None:
+    """Let nothing that is printed from here on fail for want of a reader."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+
+
+def fail(message: object) -> int:
+    """Print an error as one line and return the exit code for it."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,75 @@
+"""Token files read through a memory map and cut into windows. A batch is a pure function of (seed, step).
+
+Shapes: B batch, T positions, N tokens of a split.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpt2.core.errors import UserError
+
+Tokens = NDArray[np.uint16]
+
+
+def load_tokens(path: Path) -> Tokens:
+    """Map a token file (N,) into memory. Raises UserError if it is missing or empty."""
+    try:
+        return np.memmap(path, dtype="<u2", mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run `dvc repro prepare`") from None
+
+
+class TrainingBatches:
+    """Windows in an order reshuffled at every pass over the split, which also shifts where windows begin.
+
+    Raises UserError if the split is too short for one window and its shifts.
+    """
+
+    def __init__(self, tokens: Tokens, batch_size: int, sequence_length: int, seed: int) -> None:
+        self.tokens, self.batch_size, self.sequence_length, self.seed = tokens, batch_size, sequence_length, seed
+        self.windows = (len(tokens) - sequence_length) // sequence_length  # room for a shift and the last target
+        if self.windows < 1:
+            raise UserError(
+                f"the train split has {len(tokens)} tokens, too few for train.sequence_length {sequence_length}"
+            )
+        self._pass = lru_cache(maxsize=2)(self._shuffle)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets, both (B, T) int64, of optimizer step `step` (from 0)."""
+        starts = []
+        for sequence in range(step * self.batch_size, (step + 1) * self.batch_size):
+            order, shift = self._pass(sequence // self.windows)
+            starts.append(int(order[sequence % self.windows]) * self.sequence_length + shift)
+        return stack_windows(self.tokens, starts, self.sequence_length)
+
+    def _shuffle(self, index: int) -> tuple[NDArray[np.int64], int]:
+        generator = np.random.Generator(np.random.PCG64([self.seed, index]))
+        return generator.permutation(self.windows), int(generator.integers(self.sequence_length))
+
+
+def validation_batches(
+    tokens: Tokens, batch_size: int, sequence_length: int, max_windows: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return batches of inputs and targets (B, T) of windows side by side, or of `max_windows` evenly spread.
+
+    Raises UserError if the split is too short for one window.
+    """
+    windows = (len(tokens) - 1) // sequence_length
+    if windows < 1:
+        raise UserError(f"the val split has {len(tokens)} tokens, too few for a window of {sequence_length}")
+    chosen = min(windows, max_windows or windows)
+    starts = [windows * i // chosen * sequence_length for i in range(chosen)]
+    groups = (starts[i : i + batch_size] for i in range(0, chosen, batch_size))
+    return (stack_windows(tokens, group, sequence_length) for group in groups)
+
+
+def stack_windows(tokens: Tokens, starts: list[int], length: int) -> tuple[Tensor, Tensor]:
+    """Return the windows at `starts` (B, T) and the same windows one token later (B, T), both int64."""
+    windows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
+    return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])

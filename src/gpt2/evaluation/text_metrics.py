@@ -1,0 +1,92 @@
+"""How written texts are in figures: how diverse, how repetitive, how much of them is copied.
+
+A text is the tokens that were written, without the prompt, which is not the model's. An n-gram is n tokens side by side
+in one text, so none begins in a prompt. Shapes: N tokens of a corpus, S places in a piece of it, G n-grams.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from gpt2.data.batches import Tokens
+
+Texts = Sequence[Sequence[int]]
+Ngram = tuple[int, ...]
+
+CHUNK = 2**18  # tokens of the corpus looked at at once
+
+
+def measure(texts: Texts, training: Tokens) -> dict[str, float]:
+    """Return all figures of the texts, beside the training split (N,), by their names as metrics; each is in [0, 1]."""
+    return {
+        **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
+        "repetition": repetition(texts, 4),
+        "copied_8grams": copied(texts, training, 8),
+    }
+
+
+def distinct(texts: Texts, n: int) -> float:
+    """Return how many different n-grams all the texts have together, for each n-gram; 0 if they have none.
+
+    It is distinct-n of Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", who
+    divide by the number of tokens instead. It falls as texts grow: compare it at equal lengths.
+    """
+    grams = _all_ngrams(texts, n)
+    return _share(len(set(grams)), len(grams))
+
+
+def repetition(texts: Texts, n: int) -> float:
+    """Return the share of a text's n-grams that stood earlier in it, as the mean over the texts that have n-grams.
+
+    It is seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training". 0 if no text has any.
+    """
+    shares = [1 - len(set(grams)) / len(grams) for text in texts if (grams := _ngrams(text, n))]
+    return _share(sum(shares), len(shares))
+
+
+def copied(texts: Texts, corpus: Tokens, n: int, chunk: int = CHUNK) -> float:
+    """Return the share of all the texts' n-grams that stand in the corpus (N,) verbatim; 0 if they have none.
+
+    The figure is exact. The corpus, which may be a memory map, is read once, `chunk` tokens at a time.
+    """
+    grams = _all_ngrams(texts, n)
+    found = _find(set(grams), corpus, n, chunk)
+    return _share(sum(gram in found for gram in grams), len(grams))
+
+
+def _find(sought: set[Ngram], corpus: Tokens, n: int, chunk: int) -> set[Ngram]:
+    """Return those of the n-grams that the corpus (N,) holds.
+
+    Their first and last tokens rule out nearly all places at array speed; at the others they are compared themselves.
+    """
+    found: set[Ngram] = set()
+    grams = np.array(list(sought), dtype=np.uint16).reshape(-1, n)
+    for start in range(0, len(corpus) - n + 1, chunk):
+        likely = sliding_window_view(np.asarray(corpus[start : start + chunk + n - 1]), n)  # (S, n)
+        for end in (slice(4), slice(-4, None)):
+            likely = likely[np.isin(_packed(likely[:, end]), _packed(grams[:, end]))]
+        found |= sought.intersection(map(tuple, likely.tolist()))
+    return found
+
+
+def _packed(grams: Tokens) -> NDArray[np.uint64]:
+    """Return n-grams of at most four tokens (G, n) as one number each (G,)."""
+    numbers = np.zeros(len(grams), dtype=np.uint64)
+    for column in grams.T:
+        numbers <<= np.uint64(16)
+        numbers |= column
+    return numbers
+
+
+def _all_ngrams(texts: Texts, n: int) -> list[Ngram]:
+    return [gram for text in texts for gram in _ngrams(text, n)]
+
+
+def _ngrams(text: Sequence[int], n: int) -> list[Ngram]:
+    return [tuple(text[start : start + n]) for start in range(len(text) - n + 1)]
+
+
+def _share(part: float, whole: int) -> float:
+    return part / whole if whole else 0.0

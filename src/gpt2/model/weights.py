@@ -1,0 +1,128 @@
+"""Model folders: weights in safetensors, their shape and SHA-256 in config.json. Nothing here runs code from a file."""
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpt2.config import ModelConfig, TrainParams, check
+from gpt2.core.errors import UserError
+from gpt2.core.files import read_json, replacing, sha256_of, write_json
+from gpt2.model.gpt2 import GPT2Model, shapes_only
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+# Names of the original project's later version, and what they are called here.
+LATER_NAMES = (
+    (r"\.attn\.", ".attention."),
+    (r"\.mlp\.c_fc\.", ".feed_forward.linear1."),
+    (r"\.mlp\.c_proj\.", ".feed_forward.linear2."),
+)
+
+
+def save_model(model: GPT2Model, config: ModelConfig, folder: Path, trained_with: TrainParams | None = None) -> str:
+    """Write a model folder in place of the present one; return the weights' SHA-256.
+
+    Its configuration also tells the parameters that the model was trained with, if they are given. The same weights
+    give the same bytes. Tied weights are written once, as token_embedding. Raises OSError.
+    """
+    state = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    if config.tie_weights:
+        del state["output_projection.weight"]
+    with replacing(folder) as partial:
+        partial.mkdir()
+        save_tensors(state, partial / WEIGHTS)
+        digest = sha256_of(partial / WEIGHTS)
+        told = {"model": config.model_dump(), "model_sha256": digest}
+        write_json(partial / CONFIG, told | ({"train": trained_with.model_dump()} if trained_with else {}))
+    return digest
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous CPU tensors as safetensors. Raises OSError."""
+    try:
+        save_file(tensors, path, metadata)
+        path.chmod(path.parent.stat().st_mode & 0o666)  # else for its owner alone
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+
+
+def load_model(path: Path) -> tuple[GPT2Model, ModelConfig]:
+    """Return the model saved at `path`, ready to generate on the CPU, and its configuration.
+
+    `path` is a model folder, its .safetensors file, or a checkpoint (.pt, .pth) of the original project. Raises
+    UserError if it is missing, broken, of another shape than its configuration, or its SHA-256 is not the recorded.
+    """
+    if path.suffix in (".pt", ".pth"):
+        config, state = _read_original_checkpoint(path)
+    else:
+        config, state = _read_model_folder(path)
+    if config.tie_weights and "token_embedding.weight" in state:
+        state["output_projection.weight"] = state["token_embedding.weight"]
+    try:
+        # Shapes only: the file's tensors become the weights, once they are known to fit.
+        with shapes_only():
+            model = GPT2Model(**config.model_dump())
+        model.load_state_dict({name: weight.float() for name, weight in state.items()}, assign=True)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not hold the weights of its configuration: {error}") from None
+    if config.tie_weights:
+        model.output_projection.weight = model.token_embedding.weight
+    return model.eval(), config
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, str]:
+    """Return the configuration and the weights' SHA-256 recorded in a model folder. Raises UserError."""
+    path = folder / CONFIG
+    raw = read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_sha256"), str):
+        raise UserError(f"{path} is not a model's configuration")
+    return check(ModelConfig, raw.get("model"), str(path)), raw["model_sha256"]
+
+
+def short_name(folder: Path) -> str:
+    """Return the first digits of the SHA-256 of a model folder's weights: by them results name their model."""
+    return read_config(folder)[1][:8]
+
+
+def _read_model_folder(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    weights = path / WEIGHTS if path.is_dir() else path
+    if not (weights.parent / CONFIG).exists():
+        raise UserError(f"{path} is no model: {weights.parent / CONFIG} does not exist")
+    config, recorded = read_config(weights.parent)
+    if sha256_of(weights) != recorded:
+        raise UserError(f"{weights} is damaged or not the model of its {CONFIG}: its SHA-256 is not {recorded}")
+    try:
+        return config, load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights} is not a safetensors file: {error}") from None
+
+
+def _read_original_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read a dict with model_state_dict and model_config, saved by torch.save, without running code from it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state, shape = checkpoint["model_state_dict"], checkpoint["model_config"]
+        names = {name: _present_name(name) for name in state}
+        raw = {"dropout": 0.0, "tie_weights": False, "activation": "gelu", **shape}
+        raw["qkv_bias"] = any(name.endswith("w_q.bias") for name in names.values())
+        weights = {names[name]: weight.detach() for name, weight in state.items()}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is refused: it is damaged, or holds more than weights") from None
+    except Exception:  # torch.load meets a damaged file with errors of any kind
+        raise UserError(f"{path} is not a checkpoint with model_state_dict and model_config") from None
+    return check(ModelConfig, raw, f"{path}: model_config"), weights
+
+
+def _present_name(name: str) -> str:
+    for pattern, present in LATER_NAMES:
+        name = re.sub(pattern, present, name)
+    return name

@@ -1,0 +1,56 @@
+"""What a result was made from, as hashes: the same inputs have the same key in every clone."""
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from gpt2.config import Params
+from gpt2.core.files import sha256_of
+from gpt2.core.paths import ROOT, main_root
+
+
+def train_key(params: Params) -> str:
+    """Return the hash of what training depends on: the files that dvc.yaml lists for it, its parameters, PyTorch."""
+    pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    return hash_of(
+        {
+            "files": {path: sha256_of(ROOT / path) for path in pipeline["stages"]["train"]["deps"]},
+            "model": params.model.model_dump(),
+            "train": params.train.model_dump(),
+            "torch": torch.__version__,
+        }
+    )
+
+
+def checkpoint_folder(params: Params) -> Path:
+    """Return the folder of the checkpoints of a training, the same for all experiments."""
+    return main_root() / ".cache" / "train" / train_key(params)
+
+
+def run_key(params: Params, key: str) -> str:
+    """Return the hash that names one run of the whole pipeline; `key` is that of its training."""
+    return hash_of({"train_key": key, "params": params.model_dump(by_alias=True)})
+
+
+def git_commit() -> str | None:
+    """Return the commit that is checked out, with "-dirty" if its code has been changed; None outside git."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return commit + ("-dirty" if _git("status", "--porcelain", "--", "src", "dvc.yaml") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def hash_of(content: Any) -> str:
+    """Return the SHA-256 of content that JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

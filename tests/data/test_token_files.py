@@ -1,0 +1,121 @@
+import csv
+import hashlib
+import json
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2.data import tokenizer
+from gpt2.data.corpus import SPLITS, Document
+from gpt2.data.token_files import cut_at_spaces, write_token_files
+from gpt2.data.tokenizer import END_OF_TEXT_ID, decode, encode
+
+ErrorLine = Callable[[Callable[[], object]], str]
+TEXTS = [f"Document {i}:  naïve 日本語 👧\r\n\n <|endoftext|> don't {'x ' * i}" for i in range(12)]
+
+
+def make_documents(texts: list[str]) -> list[Document]:
+    def pieces(text: str) -> Iterator[str]:
+        return (text[at : at + 3] for at in range(0, len(text), 3))
+
+    return [Document(f'doc "{i}",\rü', partial(pieces, text)) for i, text in enumerate(texts)]
+
+
+def write(folder: Path, texts: list[str]) -> dict[str, Any]:
+    folder.mkdir()
+    return write_token_files(make_documents(texts), folder, "mine", 0.2, 0.2)
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "documents.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_meta_and_table_count_what_the_files_hold(tmp_path: Path) -> None:
+    meta, rows = write(tmp_path / "tokens", TEXTS), read_rows(tmp_path / "tokens")
+    assert json.loads((tmp_path / "tokens" / "meta.json").read_text(encoding="utf-8")) == meta
+    assert (meta["source"], meta["tokenizer"], meta["vocab_size"]) == ("mine", "gpt2", 50257)
+    assert [row["document"] for row in rows] == [f'doc "{i}",\rü' for i in range(12)]
+    for split in SPLITS:
+        data, told = (tmp_path / "tokens" / f"{split}.bin").read_bytes(), meta["splits"][split]
+        mine = [row for row in rows if row["split"] == split]
+        assert told["documents"] == len(mine) > 0
+        assert told["tokens"] == len(data) // 2 == sum(int(row["tokens"]) for row in mine)
+        assert told["bytes"] == sum(int(row["bytes"]) for row in mine)
+        assert told["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_tokens_decode_to_the_documents_with_end_of_text_between(tmp_path: Path) -> None:
+    write(tmp_path / "tokens", TEXTS)
+    found: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for row, text in zip(read_rows(tmp_path / "tokens"), TEXTS, strict=True):
+        tokens = np.fromfile(tmp_path / "tokens" / f"{row['split']}.bin", dtype="<u2").tolist()
+        first, count = int(row["first_token"]), int(row["tokens"])
+        assert first == sum(found[row["split"]])
+        found[row["split"]].append(count)
+        assert tokens[first : first + count] == [*encode(text), END_OF_TEXT_ID]
+        assert decode(tokens[first : first + count - 1]) == text
+        assert int(row["bytes"]) == len(text.encode())
+        assert row["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write(tmp_path / name, TEXTS)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == ["documents.csv", "meta.json", "test.bin", "train.bin", "val.bin"]
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+
+
+def test_split_without_text_is_refused(tmp_path: Path, error_line: ErrorLine) -> None:
+    assert "no text is left for the" in error_line(lambda: write(tmp_path / "tokens", ["some", "", ""]))
+
+
+# What GPT-2's pattern treats apart: white space of every kind, apostrophes, letters, digits, signs.
+CHARACTERS = st.sampled_from(" \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u2003\u2028\u3000\u200b'sdtlvea1²!,_é日👧\u0301")
+PIECES = st.lists(st.text(CHARACTERS) | st.text() | st.builds(operator.mul, CHARACTERS, st.integers(0, 99)))
+
+
+@given(PIECES)
+def test_parts_give_the_tokens_of_the_whole(pieces: list[str]) -> None:
+    parts = list(cut_at_spaces(pieces))
+    assert "".join(parts) == "".join(pieces)
+    assert [token for part in parts for token in encode(part)] == encode("".join(pieces))
+
+
+@given(PIECES)
+def test_no_part_is_longer_than_a_run_may_be(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "LONGEST_RUN", 8)
+        parts = list(cut_at_spaces(text))  # a character at a time
+    assert "".join(parts) == text
+    assert max(map(len, parts), default=0) <= 8
+
+
+def test_text_is_passed_on_before_it_ends() -> None:
+    pieces = iter(["one two", " three", " four"])
+    assert next(cut_at_spaces(pieces)) == "one"
+    assert operator.length_hint(pieces) == 2
+
+
+def test_long_run_without_borders_is_tokenized_all_the_same(tmp_path: Path) -> None:
+    run = "ab" * tokenizer.LONGEST_RUN
+    (tmp_path / "tokens").mkdir()
+    documents = [Document(str(i), partial(iter, (run, text))) for i, text in enumerate(["", " end", "\n" * 9])]
+    write_token_files(documents, tmp_path / "tokens", "runs", 0.2, 0.2)
+    for row, end in zip(read_rows(tmp_path / "tokens"), ["", " end", "\n" * 9], strict=True):
+        tokens = np.fromfile(tmp_path / "tokens" / f"{row['split']}.bin", dtype="<u2").tolist()
+        assert decode(tokens[:-1]) == run + end
+
+
+def test_long_white_space_inside_a_piece_is_tokenized_all_the_same() -> None:
+    tokens = [token for part in cut_at_spaces([" " * 1_000_001 + "a b"]) for token in encode(part)]
+    assert decode(tokens) == " " * 1_000_001 + "a b"

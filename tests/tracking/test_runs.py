@@ -1,0 +1,412 @@
+"""A training's run in a real store: continued if it died, never a reason for a training to fail."""
+
+import contextlib
+import json
+import multiprocessing
+import signal
+import sqlite3
+import time
+import zlib
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from gpt2.config import Params, load_params
+from gpt2.core.errors import Stopped
+from gpt2.core.files import write_json, write_text
+from gpt2.tracking import runs as tracking
+from gpt2.tracking.database import PATH_COLUMNS
+from gpt2.tracking.runs import BATCH_LIMIT, RESULTS_KEY, SAMPLES_TABLE, mirror_run, open_store, training_run
+from gpt2.training.history import write_curves
+
+
+@pytest.fixture
+def params(request: pytest.FixtureRequest, store: Path) -> Params:
+    """Parameters that no other test has, so that no other test's run is found."""
+    params = load_params(Path(__file__).parents[2] / "params.yaml")
+    seed = zlib.crc32(request.node.name.encode()) % 2**31
+    return params.model_copy(update={"train": params.train.model_copy(update={"seed": seed})})
+
+
+def runs_of(params: Params) -> list[Run]:
+    with open_store() as experiment_id:
+        return mlflow.MlflowClient().search_runs([experiment_id], f"params.`train.seed` = '{params.train.seed}'")
+
+
+def points(run: Run, name: str) -> list[tuple[int, float]]:
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, name)
+    return sorted((point.step, point.value) for point in history)
+
+
+def test_a_long_curve_is_logged_whole(params: Params) -> None:
+    steps = BATCH_LIMIT + 1
+    with training_run(params) as log_metrics:
+        for step in range(steps):
+            log_metrics(step, {"train/loss": 1 / (step + 1)})
+    (run,) = runs_of(params)
+    assert points(run, "train/loss") == [(step, 1 / (step + 1)) for step in range(steps)]
+
+
+def test_a_deleted_experiment_is_restored(params: Params) -> None:
+    with open_store() as experiment_id:
+        mlflow.MlflowClient().delete_experiment(experiment_id)
+    with open_store() as restored:
+        assert restored == experiment_id
+        assert mlflow.MlflowClient().get_experiment(restored).lifecycle_stage == "active"
+
+
+def test_a_training_leaves_a_finished_run(params: Params, store: Path) -> None:
+    receipt = store / "mlartifacts" / "receipt.json"
+    receipt.parent.mkdir(exist_ok=True)
+    receipt.touch()
+    with training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+        log_metrics(2, {"train/loss": 4.0, "val/loss": 4.5})
+    (run,) = runs_of(params)
+    assert run.info.status == "FINISHED"
+    assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)] and points(run, "val/loss") == [(2, 4.5)]
+    assert not receipt.exists()
+
+
+SAMPLED = {"distinct_1": 0.5, "repetition": 0.25, "copied_8grams": 0.0}
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files of a pipeline's stages that a mirror shows, in a folder of their own."""
+    for name in ("METRICS", "PLOTS", "SAMPLES", "TOKENS"):
+        monkeypatch.setattr(tracking, name, tmp_path / name.lower())
+    write_json(tmp_path / "metrics/train.json", {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10})
+    write_json(tmp_path / "metrics/evaluate.json", {"loss": 4.0, "perplexity": 54.6, "bits_per_byte": 1.5})
+    write_json(tmp_path / "metrics/sample.json", SAMPLED | {"model": "79bb2d9d"})
+    write_curves([(1, {"train/loss": 5.0}), (2, {"train/loss": 4.0})], tmp_path / "plots")
+    write_text(tmp_path / "samples/samples.csv", "prompt,top_k,top_p,min_p,text\nThe,40,,,end\nA,,0.9,0.1,end\n")
+    write_text(tmp_path / "tokens/documents.csv", "document,tokens\na.txt,8\n")
+    write_json(tmp_path / "tokens/meta.json", {"splits": {"train": {"sha256": 64 * "a"}}})
+    return tmp_path
+
+
+def assert_mirrored(run: Run, params: Params) -> None:
+    final = {"test/loss": 4.0, "train/tokens": 8, **{f"sample/{name}": value for name, value in SAMPLED.items()}}
+    for name, value in final.items():
+        assert points(run, name) == [(params.train.max_steps, value)], name
+    assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)]
+    with open_store():
+        samples = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{SAMPLES_TABLE}"))
+    assert samples["data"] == [["The", 40, None, None, "end"], ["A", None, 0.9, 0.1, "end"]]
+
+
+def test_a_mirror_completes_a_trainings_run_or_is_made_anew_from_the_files(params: Params, results: Path) -> None:
+    with training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+    (trained,) = runs_of(params)
+    for _ in range(2):
+        with mirror_run(params, "of weights"):
+            pass
+        (run,) = runs_of(params)
+        assert run.info.run_id == trained.info.run_id
+        assert_mirrored(run, params)
+    mlflow.MlflowClient().delete_run(trained.info.run_id)
+    with mirror_run(params, "of weights"):
+        pass
+    (run,) = runs_of(params)
+    assert run.info.run_id != trained.info.run_id
+    assert_mirrored(run, params)
+
+
+@pytest.mark.parametrize(
+    ("file", "broken"),
+    [
+        ("plots/val_loss.csv", "step,loss\n<<<<<<< HEAD\n"),
+        ("plots/val_loss.csv", ""),
+        ("metrics/train.json", "{}"),
+        ("metrics/train.json", "[]"),
+        ("tokens/documents.csv", '"'),
+    ],
+)
+def test_broken_results_are_refused(
+    params: Params, results: Path, error_line: Callable[[Callable[[], object]], str], file: str, broken: str
+) -> None:
+    write_text(results / file, broken)
+
+    def mirror() -> None:
+        with mirror_run(params, "of weights"):
+            raise AssertionError
+
+    assert "the results cannot be read (" in error_line(mirror)
+
+
+def test_other_figures_of_the_samples_are_another_run(params: Params, results: Path) -> None:
+    for repetition in (0.25, 0.5):
+        write_json(results / "metrics/sample.json", SAMPLED | {"repetition": repetition})
+        with mirror_run(params, "of weights"):
+            pass
+    assert sorted(points(run, "sample/repetition")[0][1] for run in runs_of(params)) == [0.25, 0.5]
+
+
+def test_a_failed_training_leaves_a_failed_run_and_its_error(params: Params) -> None:
+    with pytest.raises(ZeroDivisionError), training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+        raise ZeroDivisionError
+    (run,) = runs_of(params)
+    assert run.info.status == "FAILED" and points(run, "train/loss") == [(1, 5.0)]
+
+
+def test_a_stopped_training_leaves_a_killed_run(params: Params) -> None:
+    with pytest.raises(Stopped), training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+        raise Stopped(signal.SIGTERM, "stopped")
+    (run,) = runs_of(params)
+    assert run.info.status == "KILLED" and points(run, "train/loss") == [(1, 5.0)]
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "KILLED", "FAILED", "FINISHED"])
+def test_a_run_without_results_is_continued_and_no_point_comes_twice(params: Params, status: str) -> None:
+    with training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+    (dead,) = runs_of(params)
+    mlflow.MlflowClient().update_run(dead.info.run_id, status=status)
+    with training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+        log_metrics(2, {"train/loss": 4.0})
+    (run,) = runs_of(params)
+    assert run.info.run_id == dead.info.run_id and run.info.status == "FINISHED"
+    assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)]
+
+
+def test_a_completed_run_is_not_continued(params: Params) -> None:
+    with training_run(params):
+        mlflow.set_tag(RESULTS_KEY, "the files'")
+    with training_run(params):
+        pass
+    assert len(runs_of(params)) == 2
+
+
+@pytest.mark.parametrize("failing", ["search_runs", "log_batch", "set_terminated"])
+@pytest.mark.parametrize("error", [MlflowException("the disk is full"), ZeroDivisionError("a driver's own")])
+def test_a_store_that_fails_does_not_fail_the_training(
+    failing: str, error: Exception, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(mlflow.MlflowClient, failing, fail)
+    trained = False
+    with training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+        trained = True
+    assert trained
+    assert "warning: MLflow's store fails" in capsys.readouterr().err
+    assert mlflow.active_run() is None
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [
+        (None, "FINISHED"),
+        (ZeroDivisionError(), "FAILED"),
+        (Stopped(15, "stopped"), "KILLED"),
+        (SystemExit(143), "KILLED"),
+    ],
+)
+def test_a_store_that_fails_for_a_while_shows_how_the_training_ended(
+    ending: BaseException | None, status: str, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", -1)
+    with contextlib.suppress(ZeroDivisionError, Stopped, SystemExit), training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+        with monkeypatch.context() as patch:
+            patch.delattr(mlflow.MlflowClient, "log_batch")
+            log_metrics(2, {"train/loss": 4.0})
+        if ending:
+            raise ending
+    (run,) = runs_of(params)
+    assert run.info.status == status and points(run, "train/loss") == [(1, 5.0)]
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql://127.0.0.1:1/none", "http://[bad", "gopher://a", "sqlite:///", "sqlite:////proc/none/here.db"]
+)
+def test_a_store_that_cannot_be_fails_no_training_and_takes_no_time(
+    uri: str, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    begun = time.monotonic()
+    with training_run(params) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+    assert time.monotonic() < begun + 20
+    assert capsys.readouterr().err.startswith("warning: MLflow's store fails, so training goes on without it")
+
+
+def test_the_run_of_a_killed_experiment_goes_on_under_another_name(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC draws a new name whenever none is given; a run that has finished belongs to the experiment of its name."""
+    for name, status in (
+        ("brave-cat", "RUNNING"),
+        ("calm-dog", "FINISHED"),
+        ("wild-owl", "KILLED"),
+        (None, "FINISHED"),
+    ):
+        monkeypatch.setenv("DVC_EXP_NAME", name or "")
+        with training_run(params) as log_metrics:
+            log_metrics(1, {"train/loss": 5.0})
+        newest = runs_of(params)[0]
+        assert newest.data.tags.get("dvc.experiment") == name
+        assert newest.info.run_name == name or (name is None and str(newest.info.run_name).startswith("repro-"))
+        mlflow.MlflowClient().update_run(newest.info.run_id, status=status)
+    assert [run.info.run_name for run in runs_of(params)][1] == "calm-dog" and len(runs_of(params)) == 2
+
+
+def test_flatten_joins_names_and_keeps_lists() -> None:
+    flat = tracking.flatten({"a": {"b": {"c": 1}, "d": [{"e": 2}]}, "f": None})
+    assert flat == {"a.b.c": 1, "a.d": [{"e": 2}], "f": None}
+
+
+# Its processes have opened no store yet, since MLflow remembers stores, but have loaded what takes long to load.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "pandas", "torch"])
+OPENING = """
+import os
+from pathlib import Path
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+import mlflow
+from gpt2.tracking import runs as tracking
+tracking.main_root = lambda: root
+"""
+
+
+def start(root: Path, script: str) -> tuple[ForkServerProcess, Connection]:
+    """Run a script in a process of its own, with `root` as the main checkout; it gives its result to `answer`."""
+    answers, sender = FRESH.Pipe(duplex=False)
+    process = FRESH.Process(target=exec, args=(OPENING + script, {"root": root, "answer": sender.send}))
+    process.start()
+    return process, answers
+
+
+def answer_of(root: Path, script: str) -> Any:
+    """Run a script like `start`, and return its answer."""
+    process, answers = start(root, script)
+    process.join(240)
+    assert process.exitcode == 0
+    return answers.recv()
+
+
+LOG = """
+with tracking.open_store() as experiment_id, mlflow.start_run(experiment_id=experiment_id) as run:
+    mlflow.log_text("kept", "note.txt")
+answer(run.info.run_id)
+"""
+OTHER_DATABASE = """
+os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///tracking.db"
+"""
+# What `mlflow ui` does: nothing of this project, in the folder where it is called.
+READ = """
+os.chdir(root)
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+answer(mlflow.artifacts.load_text("runs:/{run}/note.txt"))
+"""
+
+
+@pytest.mark.slow
+def test_another_database_in_a_moved_checkout_is_used_where_it_is(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    answer_of(old, OTHER_DATABASE + LOG)
+    assert (old / "tracking.db").exists() and not (old / "mlflow.db").exists()
+    old.rename(new)
+    after = answer_of(new, OTHER_DATABASE + LOG)
+    assert (new / "mlartifacts" / after / "artifacts" / "note.txt").is_file()
+    assert not old.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["relative", "absolute"])
+def test_a_moved_store_is_used_where_it_is(tmp_path: Path, made: str) -> None:
+    old, new = tmp_path / "old", tmp_path / "new? 100%25 & #1"
+    old.mkdir()
+    before = answer_of(old, LOG)
+    if made == "absolute":
+        make_paths_absolute(old)
+        answer_of(old, LOG)
+    old.rename(new)
+    assert answer_of(new, READ.format(run=before)) == "kept"
+    after = answer_of(new, LOG)
+    assert (new / "mlartifacts" / after / "artifacts" / "note.txt").is_file()
+    assert not old.exists()
+
+
+def make_paths_absolute(root: Path) -> None:
+    """Change a store as MLflow would have written it by itself."""
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as connection, connection:
+        for table, column in PATH_COLUMNS:
+            connection.execute(f"UPDATE {table} SET {column} = ? || {column}", (f"file://{root}/",))
+
+
+@pytest.mark.slow
+def test_a_servers_experiment_keeps_its_paths(tmp_path: Path) -> None:
+    location = answer_of(tmp_path, SERVED)
+    assert location == "mlflow-artifacts:/1"
+
+
+SERVED = """
+tracking._make_database(root / "mlflow.db")
+mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
+served = mlflow.create_experiment("gpt2", artifact_location="mlflow-artifacts:/1")
+with tracking.open_store() as experiment_id:
+    assert experiment_id == served
+    answer(mlflow.get_experiment(experiment_id).artifact_location)
+"""
+MANY = """
+import time
+from gpt2.tracking.runs import open_store
+children = []
+start = time.time() + 1
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            time.sleep(max(0, start - time.time()))
+            with open_store() as experiment_id:
+                assert mlflow.MlflowClient().get_experiment_by_name("gpt2").experiment_id == experiment_id
+            status = 0
+        finally:
+            os._exit(status)
+    children.append(child)
+answer({os.waitpid(child, 0)[1] for child in children})
+"""
+# Making the store takes about 70 commits.
+DIE_AT_A_COMMIT = """
+import itertools, signal, sqlalchemy
+numbers = itertools.count(1)
+def commit(connection):
+    if next(numbers) == {}:
+        os.kill(os.getpid(), signal.SIGKILL)
+sqlalchemy.event.listen(sqlalchemy.Engine, "commit", commit)
+"""
+
+
+@pytest.mark.slow
+def test_twenty_processes_open_a_missing_store_at_once(tmp_path: Path) -> None:
+    assert answer_of(tmp_path, MANY) == {0}
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_it_makes_the_store_leaves_none(tmp_path: Path) -> None:
+    for commits in (1, 20, 60):
+        for left in tmp_path.glob("mlflow.db*"):
+            left.unlink()
+        process, _ = start(tmp_path, DIE_AT_A_COMMIT.format(commits) + LOG)
+        process.join(240)
+        assert process.exitcode == -signal.SIGKILL
+        assert not (tmp_path / "mlflow.db").exists(), "killed too late to show anything"
+        assert list(tmp_path.glob("mlflow.db*"))
+    assert answer_of(tmp_path, LOG)

@@ -1,0 +1,181 @@
+"""The model as MLflow loads it, without a registry or a server; the pipeline's tests ask a real server."""
+
+import gc
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PyFuncModel
+
+from gpt2.config import ModelConfig
+from gpt2.data.tokenizer import VOCAB_SIZE
+from gpt2.generation.engine import MAX_ROWS, GenerationSettings, Text, write_all
+from gpt2.model.gpt2 import GPT2Model
+from gpt2.model.weights import load_model, save_model
+from gpt2.tracking import serving
+from gpt2.tracking.registry import FOLDER, SIGNATURE
+from gpt2.tracking.serving import SharedWriter, TextGenerator, refuse_unknown_params
+
+PROMPTS = pd.DataFrame({"prompt": ["The war", "One nation"]})
+
+
+@pytest.fixture(scope="module")
+def weights(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[..., GPT2Model],
+    make_config: Callable[..., ModelConfig],
+) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    save_model(make_model(vocab_size=VOCAB_SIZE, random=True), make_config(vocab_size=VOCAB_SIZE), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> PyFuncModel:
+    folder = tmp_path_factory.mktemp("served") / "model"
+    mlflow.pyfunc.save_model(
+        folder,
+        python_model=str(serving.__file__),
+        artifacts={FOLDER: str(weights)},
+        signature=SIGNATURE,
+        pip_requirements=[],
+    )
+    return mlflow.pyfunc.load_model(str(folder))
+
+
+def texts(served: PyFuncModel, **params: Any) -> list[str]:
+    found = served.predict(PROMPTS, params=params)
+    assert isinstance(found, pd.DataFrame)
+    return list(found["text"])
+
+
+def by_hand(weights: Path, **settings: Any) -> list[str]:
+    model, _ = load_model(weights)
+    return write_all(model, [Text(prompt, GenerationSettings(**settings)) for prompt in PROMPTS["prompt"]])
+
+
+def test_predict_writes_what_the_library_does(served: PyFuncModel, weights: Path) -> None:
+    found = texts(served, temperature=1.2, top_k=0, top_p=0.9, min_p=0.0, stop="", max_tokens=9, seed=3)
+    assert found == by_hand(weights, temperature=1.2, top_k=None, top_p=0.9, max_tokens=9, seed=3)
+    assert texts(served) == by_hand(weights, seed=0)
+
+
+def test_predict_stream_yields_the_same_in_parts(served: PyFuncModel) -> None:
+    parts = list(served.predict_stream({"prompt": "The war"}, params={"max_tokens": 6}))
+    assert len(parts) == 6
+    assert "".join(map(str, parts)) == texts(served, max_tokens=6)[0]
+
+
+def test_a_text_that_is_not_read_on_is_not_written_on(weights: Path) -> None:
+    model, _ = load_model(weights)
+    text = Text("The war", GenerationSettings(max_tokens=2**31 - 1, seed=1))
+    writer = SharedWriter(model)
+    [parts] = writer.submit([text])
+    next(parts)
+    assert not text.ended
+    parts.close()
+    [other] = writer.submit([Text("One nation", GenerationSettings(max_tokens=2, seed=1))])
+    assert len(list(other)) == 2
+    assert text.ended
+
+
+def test_a_request_that_mlflow_has_given_up_is_not_written_on(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "REQUEST_SECONDS", 0.2)
+    model, _ = load_model(weights)
+    generator = TextGenerator()
+    generator.writer = SharedWriter(model)
+    endless = [Text("The war", GenerationSettings(max_tokens=2**31 - 1, seed=1)) for _ in range(2 * MAX_ROWS)]
+    monkeypatch.setattr(generator, "_texts", lambda *_: endless)
+    with pytest.raises(Empty):
+        generator.predict(None, PROMPTS)  # type: ignore[arg-type]
+    monkeypatch.setattr(serving, "REQUEST_SECONDS", 60.0)
+    [other] = generator.writer.submit([Text("One nation", GenerationSettings(max_tokens=2, seed=1))])
+    assert len(list(other)) == 2
+    assert all(text.ended for text in endless)
+    assert not any(text.written for text in endless[MAX_ROWS:])
+    assert all(text.seen_from is None for text in endless[MAX_ROWS:])  # the model has not even read them
+
+
+def test_a_model_that_is_no_longer_used_is_freed(weights: Path) -> None:
+    model, _ = load_model(weights)
+    writer = SharedWriter(model)
+    for parts in writer.submit([Text("The war", GenerationSettings(max_tokens=2, seed=1))]):
+        assert len(list(parts)) == 2
+    freed = weakref.ref(model)
+    del model, writer, parts
+    deadline = time.monotonic() + 60
+    while freed():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        gc.collect()
+
+
+def test_many_threads_get_each_their_own(served: PyFuncModel) -> None:
+    def ask(seed: int) -> str:
+        return texts(served, seed=seed, max_tokens=12)[0]
+
+    alone = [ask(seed) for seed in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(ask, range(24))) == alone
+    assert len(set(alone)) > 20
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"temperatur": 1.0}, "temperatur"),
+        ({"temperature": -1.0}, "temperature should be greater than or equal to 0"),
+        ({"top_p": 1.5}, "top_p should be less than or equal to 1"),
+        ({"max_tokens": 0}, "max_tokens should be greater than 0"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"seed": -1}, "seed should be greater than or equal to 0"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty should be greater than or equal to 0.01"),
+    ],
+)
+def test_params_that_cannot_be_used_are_the_clients_error(
+    served: PyFuncModel, params: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(MlflowException, match=words) as caught:
+        texts(served, **params)
+    assert caught.value.get_http_status_code() == 400
+
+
+def test_unknown_params_are_refused_whatever_is_logged(served: PyFuncModel, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "mlflow")
+    with pytest.raises(MlflowException, match="temperatur"):
+        texts(served, temperatur=1.0)
+
+
+def test_another_models_unknown_params_are_left_to_mlflow() -> None:
+    message = "Unrecognized params ['a'] are ignored for inference. Supported params are: {'b'}. To enable them, ..."
+    assert refuse_unknown_params(logging.makeLogRecord({"msg": message}))
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("", "the prompt is empty"), (None, "a prompt is no text")])
+def test_a_prompt_that_is_none_is_the_clients_error(served: PyFuncModel, prompt: str | None, words: str) -> None:
+    with pytest.raises(MlflowException, match=words) as caught:
+        served.predict(pd.DataFrame({"prompt": ["The war", prompt]}))
+    assert caught.value.get_http_status_code() == 400
+
+
+def test_what_breaks_a_text_reaches_its_reader_and_the_next_is_tried_anew(
+    served: PyFuncModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Text, logits: object) -> Iterator[str]:
+        raise RuntimeError("broken on purpose")
+
+    before = texts(served)
+    with monkeypatch.context() as patch:
+        patch.setattr(Text, "write", fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            texts(served)
+    assert texts(served) == before

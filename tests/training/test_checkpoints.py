@@ -1,0 +1,177 @@
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2.config import TrainParams
+from gpt2.model.gpt2 import GPT2Model
+from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.optimizers import build_optimizers
+
+FullDisk = Callable[[], AbstractContextManager[None]]
+MakeModel = Callable[..., GPT2Model]
+Train = Callable[..., tuple[GPT2Model, list[torch.optim.Optimizer]]]
+
+
+@pytest.fixture(scope="session")
+def trained(make_model: MakeModel, make_train_params: Callable[..., TrainParams]) -> Train:
+    """A model and its optimizers after some steps."""
+
+    def train(steps: int, optimizer: str = "adamw", **changes: Any) -> tuple[GPT2Model, list[torch.optim.Optimizer]]:
+        model = make_model(**changes)
+        optimizers = build_optimizers(model, make_train_params(optimizer=optimizer), torch.float32)
+        for step in range(steps):
+            torch.manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            for one in optimizers:
+                one.step()
+        return model, optimizers
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def saved_states(tmp_path_factory: pytest.TempPathFactory, trained: Train) -> Path:
+    """A folder with the states of steps 1 and 2, to be copied."""
+    folder = tmp_path_factory.mktemp("states")
+    for step in (1, 2):
+        Checkpoints(folder).save(step, *trained(step), {})
+    return folder
+
+
+@pytest.fixture
+def two_states(tmp_path: Path, saved_states: Path) -> Path:
+    return shutil.copytree(saved_states, tmp_path, dirs_exist_ok=True)
+
+
+def newest(folder: Path) -> Path:
+    return max(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"tie_weights": True}])
+def test_restored_training_goes_on_as_the_saved_one(tmp_path: Path, trained: Train, kind: dict[str, Any]) -> None:
+    checkpoints, notes = Checkpoints(tmp_path / "new"), {"history": [[1, {"é": 0.1}]]}
+    model, optimizers = trained(3, **kind)
+    with checkpoints.locked():
+        checkpoints.save(3, model, optimizers, notes)
+        again, optimizers_again = trained(0, **kind)
+        assert checkpoints.restore(again, optimizers_again) == (3, notes)
+    for one, steps in ((model, optimizers), (again, optimizers_again)):
+        for parameter in one.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        for optimizer in steps:
+            optimizer.step()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+
+
+def test_last_two_states_are_kept(tmp_path: Path, trained: Train) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.last() == "no state has been saved yet"
+    for step in (1, 2, 10, 100):
+        checkpoints.save(step, *trained(0), {})
+    assert [path.name[:10] for path in sorted(tmp_path.iterdir())] == ["0000000010", "0000000100"]
+    assert checkpoints.last() == f"the last good state is that of step 100, in {tmp_path}"
+
+
+def test_without_states_there_is_nothing_to_restore(tmp_path: Path, trained: Train) -> None:
+    assert Checkpoints(tmp_path / "absent").restore(*trained(0)) is None
+
+
+@given(data=st.data())
+def test_damaged_state_is_passed_over_with_a_warning(
+    data: st.DataObject, trained: Train, saved_states: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = shutil.copytree(saved_states, tmp_path_factory.mktemp("damaged"), dirs_exist_ok=True)
+    path = newest(folder)
+    whole = path.read_bytes()
+    at = data.draw(st.one_of(st.integers(0, 200), st.integers(0, len(whole) - 1)))  # often in the header
+    kind = data.draw(st.sampled_from(["cut", "changed", "inserted"]))
+    replacement = data.draw(st.binary(min_size=1, max_size=9).filter(lambda part: part != whole[at : at + len(part)]))
+    rest = {"cut": b"", "changed": replacement + whole[at + len(replacement) :], "inserted": replacement + whole[at:]}
+    path.write_bytes(whole[:at] + rest[kind])
+    expected, restored = trained(1)[0], trained(0)
+    assert Checkpoints(folder).restore(*restored) == (1, {})
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), restored[0].parameters(), strict=True))
+    shutil.rmtree(folder)
+
+
+def test_warning_names_the_damaged_state(two_states: Path, trained: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    path = newest(two_states)
+    path.write_bytes(path.read_bytes()[:-1])
+    Checkpoints(two_states).restore(*trained(0))
+    assert capsys.readouterr().err == f"warning: {path} is damaged; it is passed over and deleted\n"
+
+
+def test_damaged_states_do_not_take_the_place_of_good_ones(two_states: Path, trained: Train) -> None:
+    checkpoints = Checkpoints(two_states)
+    for path in two_states.iterdir():
+        path.write_bytes(b"")
+    assert checkpoints.restore(*trained(0)) is None
+    checkpoints.save(0, *trained(0), {"kept": True})  # a step below theirs
+    assert checkpoints.restore(*trained(0)) == (0, {"kept": True})
+    assert "the last good state is that of step 0" in checkpoints.last()
+
+
+def test_state_that_does_not_fit_on_the_disk_leaves_the_last(
+    two_states: Path, trained: Train, full_disk: FullDisk
+) -> None:
+    before = sorted(two_states.iterdir())
+    message = "state of step 3 cannot be saved .*the last good state is that of step 2, in"
+    with pytest.raises(OSError, match=message), full_disk():
+        Checkpoints(two_states).save(3, *trained(3), {})
+    assert sorted(two_states.iterdir()) == before
+    assert Checkpoints(two_states).restore(*trained(0)) == (2, {})
+
+
+def test_unfinished_state_of_a_killed_process_is_deleted(two_states: Path) -> None:
+    (two_states / "partial").write_bytes(newest(two_states).read_bytes()[:100])
+    checkpoints = Checkpoints(two_states)
+    with checkpoints.locked():
+        assert [path.suffix for path in two_states.iterdir()] == [".safetensors"] * 2
+
+
+def test_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), Checkpoints(tmp_path / "file" / "states").locked():
+        pass
+
+
+def test_same_training_waits_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order = []
+
+    def second() -> None:
+        with Checkpoints(tmp_path / "key").locked():
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with Checkpoints(tmp_path / "key").locked():
+        with Checkpoints(tmp_path / "other").locked():  # another training does not wait
+            thread.start()
+        deadline = time.monotonic() + 60
+        while "another process runs this very training (key); waiting" not in capsys.readouterr().err:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_removed_states_leave_nothing_unless_they_are_in_use(tmp_path: Path, trained: Train) -> None:
+    checkpoints = Checkpoints(tmp_path / "key")
+    with checkpoints.locked():
+        checkpoints.save(1, *trained(1), {})
+        Checkpoints(tmp_path / "key").remove()
+        assert checkpoints.restore(*trained(0)) == (1, {})
+    checkpoints.remove()
+    assert list(tmp_path.iterdir()) == []
+    checkpoints.remove()

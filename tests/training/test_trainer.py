@@ -1,0 +1,428 @@
+import contextlib
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gpt2.config import ModelConfig, TrainParams
+from gpt2.core.errors import Stopped
+from gpt2.data.batches import TrainingBatches, validation_batches
+from gpt2.model.gpt2 import GPT2Model, PositionwiseFeedForward
+from gpt2.model.seen_tokens import TextVocabulary
+from gpt2.training import trainer as training
+from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.trainer import Meter, accumulate_gradients, build_model, mean_loss, train
+
+ErrorLine = Callable[[Callable[[], object]], str]
+MakeModel = Callable[..., GPT2Model]
+MakeTrainParams = Callable[..., TrainParams]
+History = list[tuple[int, dict[str, float]]]
+CPU = torch.device("cpu")
+TOKENS = (np.arange(400) * 7 % 53).astype(np.uint16)  # each token tells the next; of 61, 8 never occur
+
+
+@pytest.fixture
+def run(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Path) -> Callable[..., Any]:
+    """Train a tiny model; return it, its metrics and what was logged. Without `checkpoints` it starts anew."""
+
+    def run(
+        model: GPT2Model | None = None, checkpoints: Checkpoints | None = None, **changes: Any
+    ) -> tuple[GPT2Model, dict[str, float], History]:
+        model = model or make_model(dropout=0.2)
+        history: History = []
+        params = make_train_params(**{"max_steps": 6, "warmup_steps": 2} | changes)
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        checkpoints = checkpoints or Checkpoints(folder)
+        metrics, returned = train(model, TOKENS, TOKENS[:90], params, checkpoints, lambda *point: history.append(point))
+        assert returned == history
+        return model, metrics, history
+
+    return run
+
+
+def same_weights(one: GPT2Model, two: GPT2Model) -> bool:
+    states = one.state_dict(), two.state_dict()
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_model_that_cannot_fit_into_memory_is_refused_at_once(
+    make_config: Callable[..., ModelConfig], make_train_params: MakeTrainParams, error_line: ErrorLine
+) -> None:
+    config = make_config(d_model=2**20, n_layers=1000)
+    line = error_line(lambda: build_model(config, make_train_params()))
+    assert "this model and batch need at least" in line
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_loss_falls(run: Callable[..., Any], optimizer: str) -> None:
+    _, metrics, history = run(optimizer=optimizer, max_steps=60, learning_rate=0.02, log_interval=1)
+    assert history[0][1]["train/loss"] == pytest.approx(math.log(61), abs=0.1)
+    assert metrics["train_loss"] < 2 and metrics["val_loss"] < 1
+
+
+def test_bigrams_give_a_start(run: Callable[..., Any]) -> None:
+    first = {
+        initialization: run(initialization=initialization, log_interval=1)[2][0][1]["train/loss"]
+        for initialization in ("random", "bigrams")
+    }
+    assert first["bigrams"] < first["random"] - 1
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+def test_tokens_that_never_occur_stay_alike(run: Callable[..., Any], make_model: MakeModel, tie_weights: bool) -> None:
+    model, _, _ = run(make_model(tie_weights=tie_weights), learning_rate=0.02)
+    rows = model.output_projection.weight.detach()
+    torch.testing.assert_close(rows[53:], rows[53].expand(8, -1))
+    assert (rows[53] - rows[:53]).abs().amax(1).min() > 0.01
+    batch = next(iter(validation_batches(TOKENS[:90], 11, 8)))
+    found = accumulate_gradients(model.eval(), TextVocabulary.of_text(TOKENS, 61, CPU), *batch, 11)
+    assert found.item() == pytest.approx(loss_of_logits(model, *batch).item(), rel=1e-5)  # of all 61
+
+
+def test_bfloat16_trains_too_and_leaves_float32_weights(run: Callable[..., Any], make_model: MakeModel) -> None:
+    model, formats = make_model(dropout=0.2), set()
+    for module in model.modules():
+        if isinstance(module, PositionwiseFeedForward):
+            module.linear1.register_forward_hook(lambda *call: formats.add(call[-1].dtype))
+    _, metrics, _ = run(model, precision="bfloat16", max_steps=60, learning_rate=0.02)
+    assert metrics["val_loss"] < 1 and formats == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def loss_of_logits(model: GPT2Model, inputs: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])  # 3 leaves a smaller last one
+def test_accumulated_gradient_is_that_of_the_whole_batch(make_model: MakeModel, micro_batch_size: int) -> None:
+    batch = TrainingBatches(TOKENS, 4, 8, seed=1)(0)
+    whole, parts = make_model(random=True), make_model(random=True)
+    vocabulary = TextVocabulary.of_text(TOKENS, 61, CPU)
+    for model in (whole, parts):
+        vocabulary.make_unseen_equal(model.output_projection.weight)
+    loss = loss_of_logits(whole, *batch)
+    loss.backward()
+    total = accumulate_gradients(parts, vocabulary, *batch, micro_batch_size)
+    torch.testing.assert_close(total, loss.detach())
+    for expected, found in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_mean_loss_weighs_tokens_alike_and_leaves_no_trace(make_model: MakeModel) -> None:
+    model = make_model(random=True, dropout=0.5).train()
+    vocabulary = TextVocabulary.of_text(TOKENS, 61, CPU)
+    vocabulary.make_unseen_equal(model.output_projection.weight)
+    batches = [TrainingBatches(TOKENS, size, 8, seed=1)(0) for size in (3, 1)]
+    batches[1][1][0, :2] = torch.tensor([54, 60])  # which the text lacks
+    found = mean_loss(model, vocabulary, batches)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert found == pytest.approx(loss_of_logits(model.eval(), inputs, targets).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_same_arguments_give_the_same_weights(run: Callable[..., Any], make_model: MakeModel, optimizer: str) -> None:
+    runs = []
+    for global_seed in (1, 2):
+        model = make_model(dropout=0.2)
+        torch.manual_seed(global_seed)
+        np.random.seed(global_seed)
+        runs.append(run(model, optimizer=optimizer)[0])
+    assert same_weights(*runs)
+    assert not same_weights(runs[0], run(optimizer=optimizer, seed=99)[0])
+
+
+def test_looking_more_often_changes_no_weights(run: Callable[..., Any]) -> None:
+    often, seldom = ({"log_interval": i, "eval_interval": i, "eval_windows": i} for i in (1, 5))
+    assert same_weights(run(**often)[0], run(**seldom)[0])
+
+
+def test_metrics_are_logged_at_the_due_steps(run: Callable[..., Any]) -> None:
+    _, metrics, history = run(max_steps=7, log_interval=3, eval_interval=2, learning_rate=0.1, decay_fraction=0)
+    train_names = {"train/loss", "train/learning_rate", "train/tokens_per_second"}
+    assert [step for step, logged in history if set(logged) == train_names] == [3, 6, 7]
+    assert [step for step, logged in history if set(logged) == {"val/loss"}] == [2, 4, 6, 7]
+    assert len(history) == 7
+    assert history[1][1]["train/learning_rate"] == pytest.approx(0.1)
+    last = {name: value for step, logged in history if step == 7 for name, value in logged.items()}
+    assert (last["train/loss"], last["val/loss"]) == (metrics["train_loss"], metrics["val_loss"])
+
+
+def test_logged_train_loss_is_the_mean_since_the_last(run: Callable[..., Any]) -> None:
+    losses = [
+        [logged["train/loss"] for _, logged in run(log_interval=interval)[2] if "train/loss" in logged]
+        for interval in (1, 4)
+    ]
+    assert losses[1] == pytest.approx([sum(losses[0][:4]) / 4, sum(losses[0][4:]) / 2])
+
+
+def test_validation_takes_some_windows_at_an_interval_and_all_at_the_end(
+    run: Callable[..., Any], make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+
+    def count(model: GPT2Model, vocabulary: TextVocabulary, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
+        counts.append(sum(len(inputs) for inputs, _ in batches))
+        return 1.0
+
+    monkeypatch.setattr(training, "mean_loss", count)
+    run(max_steps=4, eval_interval=2, eval_windows=5)
+    assert counts == [5, 89 // 8]
+
+
+def test_final_metrics_hold_what_the_contract_names(run: Callable[..., Any]) -> None:
+    model, metrics, _ = run()
+    assert metrics["steps"] == 6
+    assert metrics["tokens"] == 6 * 4 * 8
+    assert metrics["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert metrics["val_perplexity"] == pytest.approx(math.exp(metrics["val_loss"]))
+    assert metrics["tokens_per_second"] > 0 and metrics["peak_memory_bytes"] > 2**20
+
+
+def test_loss_that_is_not_finite_ends_training_and_is_not_saved(
+    run: Callable[..., Any], make_model: MakeModel, error_line: ErrorLine, tmp_path: Path
+) -> None:
+    model, checkpoints = make_model(), Checkpoints(tmp_path)
+    ruin_step(model, 4)
+    changes = {
+        "log_interval": 6,
+        "checkpoint_interval": 1,
+        "learning_rate": 0.25,
+        "warmup_steps": 0,
+        "decay_fraction": 0,
+    }
+    line = error_line(lambda: run(model, checkpoints, **changes))
+    assert "the loss is nan at step 4, learning rate 0.25" in line
+    assert f"the last good state is that of step 3, in {tmp_path}" in line
+    assert saved_steps(tmp_path) == [2, 3]
+    model = make_model()
+    ruin_step(model, 4)
+    assert "the loss is nan at step 4" in error_line(lambda: run(model, log_interval=6, eval_interval=5))
+
+
+def test_gradient_that_is_not_finite_ends_training(
+    run: Callable[..., Any], make_model: MakeModel, error_line: ErrorLine
+) -> None:
+    model = make_model()
+    model.layer_norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    line = error_line(lambda: run(model))
+    assert "the gradient's norm is" in line and "at step 1" in line and "no state has been saved yet" in line
+
+
+def test_bad_steps_are_left_out_if_they_may_be(
+    run: Callable[..., Any], make_model: MakeModel, error_line: ErrorLine, tmp_path: Path
+) -> None:
+    def ruined(*steps: int) -> GPT2Model:
+        model = make_model(dropout=0.2)
+        for step in steps:
+            ruin_step(model, step)
+        return model
+
+    _, metrics, history = run(ruined(2, 5), max_bad_steps=2, log_interval=1)
+    assert metrics["bad_steps"] == 2 and metrics["tokens"] == 4 * 4 * 8 and math.isfinite(metrics["val_loss"])
+    assert [step for step, logged in history if "train/loss" in logged] == [1, 3, 4, 6]
+    assert "the loss is nan at step 5" in error_line(lambda: run(ruined(2, 5), max_bad_steps=1))
+    checkpoints = Checkpoints(tmp_path)
+    error_line(lambda: run(ruined(2, 5), checkpoints, max_bad_steps=1, checkpoint_interval=4))
+    error_line(lambda: run(ruined(1), checkpoints, max_bad_steps=1, checkpoint_interval=4))  # the count goes on
+
+
+def test_perplexity_beyond_a_float_is_infinite(run: Callable[..., Any]) -> None:
+    _, metrics, _ = run(max_steps=1, learning_rate=1000, warmup_steps=0)
+    assert math.isfinite(metrics["val_loss"]) and metrics["val_perplexity"] == math.inf
+
+
+def test_last_update_that_ruins_the_model_is_noticed(run: Callable[..., Any], error_line: ErrorLine) -> None:
+    assert "nan" in error_line(lambda: run(max_steps=1, learning_rate=1e38, warmup_steps=0))
+
+
+def test_too_short_split_is_refused(
+    make_model: MakeModel, make_train_params: MakeTrainParams, error_line: ErrorLine, tmp_path: Path
+) -> None:
+    def train_on(train_count: int, val_count: int) -> None:
+        model = make_model()
+        model.layer_norm.register_forward_pre_hook(lambda *_: pytest.fail("a step was done"))
+        params, checkpoints = make_train_params(max_steps=1), Checkpoints(tmp_path)
+        train(model, TOKENS[:train_count], TOKENS[:val_count], params, checkpoints, lambda *_: None)
+
+    assert "the train split has 15 tokens" in error_line(lambda: train_on(15, 90))
+    assert "the val split has 8 tokens" in error_line(lambda: train_on(90, 8))
+
+
+def test_dropout_differs_at_each_step_and_not_between_runs(run: Callable[..., Any], make_model: MakeModel) -> None:
+    def masks() -> list[Tensor]:
+        model, seen = make_model(dropout=0.5), []
+        model.dropout.register_forward_hook(
+            lambda module, _, output: seen.append(output == 0) if module.training else None
+        )
+        run(model, max_steps=3, micro_batch_size=2)
+        return seen
+
+    first, again = masks(), masks()
+    assert len(first) == 3 * 2  # each micro-batch has its own
+    assert all(0.4 < mask.float().mean() < 0.6 for mask in first)
+    assert not any(torch.equal(one, two) for one, two in itertools.combinations(first, 2))
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+
+
+def test_gradients_are_clipped(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters: Iterator[Tensor], max_norm: float) -> Tensor:
+        found = list(parameters)
+        clip(found, max_norm)
+        norms.append(torch.nn.utils.get_total_norm(one.grad for one in found if one.grad is not None).item())
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    run(grad_clip=0.01)
+    assert norms == pytest.approx([0.01] * 6, rel=1e-3)
+
+
+def test_tokens_per_second_leave_out_the_start_and_validation(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, accumulate = [0.0], training.accumulate_gradients
+
+    def take(seconds: float, result: Any) -> Any:
+        now[0] += seconds
+        return result
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "accumulate_gradients", lambda *args: take(1, accumulate(*args)))
+    monkeypatch.setattr(training, "mean_loss", lambda *_: take(100, 1.0))
+    monkeypatch.setattr(training, "start_from_bigrams", lambda *_: take(100, None))
+    _, metrics, history = run(log_interval=2, eval_interval=1, initialization="bigrams")
+    found = [logged["train/tokens_per_second"] for _, logged in history if "train/tokens_per_second" in logged]
+    assert [*found, metrics["tokens_per_second"]] == [4 * 8] * 4
+
+
+def test_meter_leaves_out_pauses_and_goes_on_from_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    meter = Meter(batch_tokens=10)
+    for step, loss in ((1, 1.0), (2, 3.0)):
+        now[0] += 1
+        meter.add(step, torch.tensor(loss), torch.tensor(0.0))
+    with meter.paused():
+        now[0] += 100
+    state = json.loads(json.dumps(meter.state()))
+    assert meter.read() == (2.0, 10.0)
+    now[0] += 1000
+    restored = Meter(batch_tokens=10)
+    restored.restore(state)
+    assert restored.read() == (2.0, 10.0)
+    now[0] += 4
+    restored.add(3, torch.tensor(5.0), torch.tensor(0.0))
+    assert restored.read() == (5.0, 2.5)
+    assert restored.tokens_per_second() == 5.0
+
+
+def ruin_step(model: GPT2Model, ruined: int) -> None:
+    """Make the features, and so the loss, of one step of a training NaN."""
+    steps = itertools.count(1)
+
+    def hook(module: torch.nn.Module, _: Any, output: Tensor) -> Tensor:
+        return output * math.nan if module.training and next(steps) == ruined else output
+
+    model.layer_norm.register_forward_hook(hook)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[0]) for path in folder.glob("*.safetensors"))
+
+
+def untimed(history: History) -> History:
+    """A history without what depends on the clock."""
+    return [
+        (step, {name: value for name, value in logged.items() if "per_second" not in name}) for step, logged in history
+    ]
+
+
+class Death(BaseException):
+    """Stands for SIGKILL where a test cannot die: nobody handles it."""
+
+
+@pytest.mark.parametrize(
+    "kind", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"optimizer": "muon", "initialization": "bigrams"}], ids=str
+)
+@pytest.mark.parametrize("dead_after", range(1, 8))
+def test_broken_off_and_resumed_equals_unbroken(
+    run: Callable[..., Any], make_model: MakeModel, tmp_path: Path, kind: dict[str, str], dead_after: int
+) -> None:
+    """A training that ends after any step, and another that goes on: the same weights and curves."""
+    changes = {"max_steps": 7, "checkpoint_interval": 2, "log_interval": 3, "eval_interval": 4} | kind
+    unbroken, metrics, history = run(**changes)
+    steps_done = 0
+
+    def model_that_dies_after(last: float) -> GPT2Model:
+        def die(module: torch.nn.Module, _: Any) -> None:
+            nonlocal steps_done
+            if module.training:
+                if steps_done == last:
+                    raise Death
+                steps_done += 1
+
+        model = make_model(dropout=0.2)
+        model.layer_norm.register_forward_pre_hook(die)
+        return model
+
+    with pytest.raises(Death) if dead_after < 7 else contextlib.nullcontext():
+        run(model_that_dies_after(dead_after), Checkpoints(tmp_path), **changes)
+    resumed, metrics_again, history_again = run(model_that_dies_after(math.inf), Checkpoints(tmp_path), **changes)
+    assert steps_done - 7 == (dead_after % 2 if dead_after < 7 else 0)  # done twice
+    assert same_weights(resumed, unbroken)
+    assert untimed(history_again) == untimed(history)
+    clock = {"tokens_per_second", "peak_memory_bytes"}
+    assert {**metrics, **dict.fromkeys(clock)} == {**metrics_again, **dict.fromkeys(clock)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_signal_saves_first(
+    run: Callable[..., Any], make_model: MakeModel, tmp_path: Path, number: signal.Signals
+) -> None:
+    model, checkpoints, steps = make_model(dropout=0.2), Checkpoints(tmp_path), itertools.count(1)
+    model.layer_norm.register_forward_pre_hook(
+        lambda module, *_: os.kill(os.getpid(), number) if module.training and next(steps) == 3 else None
+    )
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match="stopped after step 3, which is saved") as stopped:
+        run(model, checkpoints)
+    assert stopped.value.exit_code == 128 + number and signal.getsignal(number) is before
+    assert saved_steps(tmp_path) == [3]
+    assert same_weights(run(make_model(dropout=0.2), checkpoints)[0], run()[0])
+
+
+def test_stop_signal_while_the_last_step_is_saved_still_stops(
+    run: Callable[..., Any], make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_and_stop(self: Checkpoints, *arguments: Any) -> None:
+        save(self, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    save = Checkpoints.save
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped after step 6, which is saved"):
+        patch.setattr(Checkpoints, "save", save_and_stop)
+        run(make_model(dropout=0.2), Checkpoints(tmp_path))
+    resumed, _, history = run(make_model(dropout=0.2), Checkpoints(tmp_path))
+    unbroken, _, expected = run()
+    assert same_weights(resumed, unbroken) and untimed(history) == untimed(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU takes a C++ compiler")
+def test_compiled_blocks_train_alike(run: Callable[..., Any], make_model: MakeModel) -> None:
+    (compiled, found, _), (plain, expected, _) = (run(make_model(), compile=choice) for choice in (True, False))
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
