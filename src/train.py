@@ -6,7 +6,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")  # a training gains nothing by spin
 
 from gpt2.config import ModelConfig, load_params
 from gpt2.core.cli import run_command
-from gpt2.core.device import keep_freed_memory, use_threads
+from gpt2.core.device import choose_device, keep_freed_memory, use_threads
 from gpt2.core.files import exclusive, read_json, write_json
 from gpt2.core.paths import CHECKOUT_LOCK, METRICS, MODEL, PARAMS, PLOTS, TOKENS
 from gpt2.data.batches import load_tokens
@@ -20,10 +20,10 @@ from gpt2.training.trainer import build_model, train
 
 def main() -> None:
     params = load_params(PARAMS)
-    use_threads(params.train.threads)
+    threads = use_threads(params.runtime.threads)
     keep_freed_memory()
     config = ModelConfig(**params.model.model_dump(), vocab_size=read_json(TOKENS / "meta.json")["vocab_size"])
-    model = build_model(config, params.train)
+    model = build_model(config, params.train, choose_device(params.runtime.device))
     print(f"{model.count_parameters():,} parameters", flush=True)
     train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
     checkpoints = Checkpoints(checkpoint_folder(params))
@@ -31,10 +31,12 @@ def main() -> None:
     # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
     with exclusive(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
         with tracking.training_run(params) as log_metrics:
-            metrics, history = train(model, train_tokens, val_tokens, params.train, checkpoints, log_metrics)
+            metrics, history = train(
+                model, train_tokens, val_tokens, params.train, params.runtime, checkpoints, log_metrics
+            )
         digest = save_model(model, config, MODEL, params.train)
         write_curves(history, PLOTS)
-        write_json(METRICS / "train.json", metrics)
+        write_json(METRICS / "train.json", metrics | {"threads": threads})
     # The checkpoints stay until register has run: DVC may be killed before it has taken note of these results.
     print(f"val loss {metrics['val_loss']:.4f}, perplexity {metrics['val_perplexity']:.2f}; weights {digest[:12]}")
 

@@ -91,7 +91,7 @@ def make_model() -> Callable[..., GPT2Model]:
 @pytest.fixture(scope="session")
 def make_train_params(shipped_text: str) -> Callable[..., TrainParams]:
     section = yaml.safe_load(shipped_text)["train"]
-    tiny = {"batch_size": 4, "micro_batch_size": 4, "sequence_length": 8, "device": "cpu", "precision": "float32"}
+    tiny = {"batch_size": 4, "micro_batch_size": 4, "sequence_length": 8}
 
     def make(**changes: Any) -> TrainParams:
         rate = changes.get("learning_rate", section["learning_rate"])

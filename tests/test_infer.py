@@ -285,7 +285,7 @@ def test_score_equals_that_of_the_stage(
     np.array(tokens, dtype="<u2").tofile(tmp_path / "test.bin")
     write_json(tmp_path / "meta.json", {"splits": {"test": {"bytes": len((TEXT * 3).encode())}}})
     params = yaml.safe_load(shipped_text)
-    params["evaluate"]["stride"], params["train"]["device"], params["train"]["threads"] = 6, "cpu", 1
+    params["evaluate"]["stride"], params["runtime"] = 6, {"threads": 1, "device": "cpu", "precision": "auto"}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     for name, path in {"TOKENS": tmp_path, "METRICS": tmp_path, "MODEL": model_folder}.items():
         monkeypatch.setattr(evaluate, name, path)

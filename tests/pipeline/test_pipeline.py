@@ -44,9 +44,8 @@ TINY = {
         "log_interval": 2,
         "eval_interval": 3,
         "eval_windows": 4,
-        "threads": 1,
-        "device": "cpu",
     },
+    "runtime": {"threads": 1, "device": "cpu"},
     "evaluate": {"stride": 16},
     "sample": {"prompts": ["The quick brown"], "settings": [{"temperature": 0.7, "top_k": 40}], "max_tokens": 9},
 }

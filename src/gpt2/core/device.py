@@ -5,9 +5,9 @@ import resource
 import sys
 from typing import Literal
 
-import joblib
 import psutil
 import torch
+from joblib import cpu_count
 from torch import Tensor
 
 from gpt2.core.errors import UserError
@@ -66,7 +66,7 @@ def use_threads(setting: Literal["auto"] | int) -> int:
 
     "auto" takes the CPUs that this process may use, by its affinity and its cgroup's quota.
     """
-    count = joblib.cpu_count() if setting == "auto" else setting
+    count = cpu_count() if setting == "auto" else setting
     torch.set_num_threads(count)
     return count
 

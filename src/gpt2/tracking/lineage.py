@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,21 @@ def train_key(params: Params) -> str:
     pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     return hash_of(
         {
-            "files": {path: sha256_of(ROOT / path) for path in pipeline["stages"]["train"]["deps"]},
+            "files": {name: sha256 for path in pipeline["stages"]["train"]["deps"] for name, sha256 in _hashes(path)},
             "model": params.model.model_dump(),
             "train": params.train.model_dump(),
+            "runtime": params.runtime.model_dump(),
             "torch": torch.__version__,
         }
     )
+
+
+def _hashes(path: str) -> Iterator[tuple[str, str]]:
+    """Yield the name and SHA-256 of a file, or of each file of a folder but compiled modules."""
+    found = ROOT / path
+    for file in sorted(found.rglob("*")) if found.is_dir() else [found]:
+        if not file.is_dir() and "__pycache__" not in file.parts:
+            yield file.relative_to(ROOT).as_posix(), sha256_of(file)
 
 
 def checkpoint_folder(params: Params) -> Path:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gpt2.config import ModelConfig, TrainParams
+from gpt2.config import ModelConfig, RuntimeParams, TrainParams
 from gpt2.core.cli import stop_requests
 from gpt2.core.device import (
     autocast,
     check_memory,
-    
     choose_device,
     choose_micro_batch_size,
     choose_precision,
@@ -37,12 +36,11 @@ from gpt2.training.loss import linear_cross_entropy, perplexity, token_cross_ent
 from gpt2.training.optimizers import build_optimizers, schedule, set_learning_rates
 
 
-def build_model(config: ModelConfig, params: TrainParams) -> GPT2Model:
+def build_model(config: ModelConfig, params: TrainParams, device: torch.device) -> GPT2Model:
     """Return the model before its first step. Raises UserError if its training cannot fit into memory."""
     with shapes_only():
         parameters = GPT2Model(**config.model_dump()).count_parameters()
     weights_bytes = parameters * 4 * 3  # with gradients and the least that an optimizer keeps
-    device = choose_device(params.device)
     micro_batch_size = choose_micro_batch_size(params.micro_batch_size, device)
     micro_batch_tokens = min(micro_batch_size, params.batch_size) * params.sequence_length
     activations_bytes = micro_batch_tokens * config.d_model * config.n_layers * 4
@@ -57,6 +55,7 @@ def train(
     train_tokens: Tokens,
     val_tokens: Tokens,
     params: TrainParams,
+    runtime: RuntimeParams,
     checkpoints: Checkpoints,
     log_metrics: LogMetrics,
 ) -> tuple[dict[str, float], History]:
@@ -72,10 +71,11 @@ def train(
     loss is not finite, or the loss or gradient of more than max_bad_steps steps is not; Stopped on Ctrl-C or SIGTERM,
     after saving a checkpoint; OSError if none can be saved.
     """
-    device = choose_device(params.device)
-    precision = choose_precision(params.precision, device)
+    device = choose_device(runtime.device)
+    precision = choose_precision(runtime.precision, device)
     micro_batch_size = choose_micro_batch_size(params.micro_batch_size, device)
-    if compiled := choose_compilation(params.compile, device, params.max_steps):
+    compiled = params.compile
+    if compiled:
         for block in model.transformer_blocks:
             block.compile()
     batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
@@ -152,13 +152,9 @@ def train(
             loss, norm = compute(*batches(step))
             done = step + 1
             progress.disable = stop_signal() != 0  # Ctrl-C may have ended its reader too; now saving matters
-            if meter.bad_steps < params.max_bad_steps and not math.isfinite(loss + norm):
-                meter.bad_steps += 1
-                progress.write(f"step {done} is left out: its loss is {loss:g}, its gradient's norm {norm:g}")
-            else:
-                for optimizer in optimizers:
-                    optimizer.step()
-                meter.add(done, loss, norm)
+            for optimizer in optimizers:
+                optimizer.step()
+            meter.add(done, loss, norm)
 
             last = done == params.max_steps
             if (last or done % params.log_interval == 0) and meter.unread():
@@ -196,8 +192,7 @@ def train(
         "val_loss": final["val/loss"],
         "val_perplexity": perplexity(final["val/loss"]),
         "steps": params.max_steps,
-        "bad_steps": meter.bad_steps,
-        "tokens": (params.max_steps - meter.bad_steps) * meter.batch_tokens,
+        "tokens": params.max_steps * meter.batch_tokens,
         "tokens_per_second": meter.tokens_per_second(),
         "peak_memory_bytes": peak_bytes(),
         "parameters": model.count_parameters(),
@@ -253,7 +248,6 @@ class Meter:
 
     def __init__(self, batch_tokens: int) -> None:
         self.batch_tokens = batch_tokens
-        self.bad_steps = 0
         self._on_device: list[tuple[int, Tensor, Tensor]] = []
         self._unread: list[tuple[int, float, float]] = []
         self._steps, self._seconds = 0, 0.0
@@ -299,7 +293,6 @@ class Meter:
             "seconds_unread": time.perf_counter() - self._started,
             "steps": self._steps,
             "seconds": self._seconds,
-            "bad_steps": self.bad_steps,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -307,4 +300,3 @@ class Meter:
         self._unread = [(step, loss, norm) for step, loss, norm in state["unread"]]
         self._started = time.perf_counter() - state["seconds_unread"]
         self._steps, self._seconds = state["steps"], state["seconds"]
-        self.bad_steps = state["bad_steps"]
