@@ -17,7 +17,7 @@ def main() -> None:
     device = choose_device(params.runtime.device)
     tokens = load_tokens(TOKENS / "test.bin")
     text_bytes = read_json(TOKENS / "meta.json")["splits"]["test"]["bytes"]
-    model, _ = load_model(MODEL)
+    model, _, _ = load_model(MODEL)
     with autocast(device, choose_precision(params.runtime.precision, device)):
         losses = token_losses(model.to(device), tokens, params.evaluate.stride, params.evaluate.batch_size)
     summary = summarize(losses, text_bytes)

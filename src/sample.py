@@ -12,8 +12,7 @@ from gpt2.core.files import write_json, write_text
 from gpt2.core.paths import METRICS, MODEL, PARAMS, SAMPLES, TOKENS
 from gpt2.data.batches import load_tokens
 from gpt2.evaluation.text_metrics import measure
-from gpt2.generation.engine import GenerationSettings, Text, write_all
-from gpt2.model.gpt2 import GPT2Model
+from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
 from gpt2.model.weights import load_model, short_name
 
 
@@ -21,8 +20,9 @@ def main() -> None:
     params = load_params(PARAMS)
     use_threads(params.runtime.threads)
     training = load_tokens(TOKENS / "train.bin")
-    model, _ = load_model(MODEL)
-    table, written = sample(model.to(choose_device(params.runtime.device)), params.sample)
+    model, _, seen = load_model(MODEL)
+    engine = Engine(model.to(choose_device(params.runtime.device)), MAX_SLOTS, seen)
+    table, written = sample(engine, params.sample)
     # Texts may hold a \r, for which pandas sees no need to quote.
     write_text(SAMPLES / "samples.csv", table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC))
     write_text(SAMPLES / "samples.md", page(table))
@@ -32,18 +32,18 @@ def main() -> None:
     print(f"{len(table)} samples in data/samples: {figures}")
 
 
-def sample(model: GPT2Model, params: SampleParams) -> tuple[pd.DataFrame, list[list[int]]]:
+def sample(engine: Engine, params: SampleParams) -> tuple[pd.DataFrame, list[list[int]]]:
     """Return one row for each prompt and setting, and the tokens of each row's text."""
     asked = list(itertools.product(params.prompts, params.settings))
-    texts = [
-        Text(prompt, GenerationSettings(**setting.model_dump(), max_tokens=params.max_tokens, seed=params.seed))
+    requests = [
+        Request(prompt, GenerationSettings(**setting.model_dump(), max_tokens=params.max_tokens, seed=params.seed))
         for prompt, setting in asked
     ]
     rows = [
         {"prompt": prompt, **setting.model_dump(), "seed": params.seed, "text": text}
-        for (prompt, setting), text in zip(asked, write_all(model, texts), strict=True)
+        for (prompt, setting), text in zip(asked, engine.generate_all(requests), strict=True)
     ]
-    written = [text.tokens[len(text.tokens) - text.written :] for text in texts]
+    written = [request.tokens[len(request.tokens) - request.generated :] for request in requests]
     return pd.DataFrame(rows).astype({"top_k": "Int64"}), written
 
 

@@ -9,13 +9,13 @@ from gpt2.core.cli import run_command
 from gpt2.core.device import choose_device, keep_freed_memory, use_threads
 from gpt2.core.files import exclusive, read_json, write_json
 from gpt2.core.paths import CHECKOUT_LOCK, METRICS, MODEL, PARAMS, PLOTS, TOKENS
-from gpt2.data.batches import load_tokens
-from gpt2.model.weights import save_model
+from gpt2.data.batches import load_seen, load_tokens
+from gpt2.model.weights import SEEN_TOKENS, save_model
 from gpt2.tracking import runs as tracking
 from gpt2.tracking.lineage import checkpoint_folder
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.history import write_curves
-from gpt2.training.trainer import build_model, train
+from gpt2.training.run import build_model, run_training
 
 
 def main() -> None:
@@ -26,15 +26,16 @@ def main() -> None:
     model = build_model(config, params.train, choose_device(params.runtime.device))
     print(f"{model.count_parameters():,} parameters", flush=True)
     train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
+    seen = load_seen(TOKENS / SEEN_TOKENS, config.vocab_size)
     checkpoints = Checkpoints(checkpoint_folder(params))
 
     # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
     with exclusive(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
         with tracking.training_run(params) as log_metrics:
-            metrics, history = train(
-                model, train_tokens, val_tokens, params.train, params.runtime, checkpoints, log_metrics
+            metrics, history = run_training(
+                model, train_tokens, val_tokens, seen, params.train, params.runtime, checkpoints, log_metrics
             )
-        digest = save_model(model, config, MODEL, params.train)
+        digest = save_model(model, config, MODEL, params.train, seen if params.train.fused else None)
         write_curves(history, PLOTS)
         write_json(METRICS / "train.json", metrics | {"threads": threads})
     # The checkpoints stay until register has run: DVC may be killed before it has taken note of these results.

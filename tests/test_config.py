@@ -86,9 +86,14 @@ def test_all_problems_are_reported_at_once(problem: Callable[..., str]) -> None:
         assert name in line
 
 
-def test_impossible_combinations_are_reported_with_the_rest(problem: Callable[..., str]) -> None:
-    line = problem(train__sequence_length=1024, evaluate__stride=1024, train__seed="x")
-    assert "train.sequence_length" in line and "evaluate.stride" in line and "train.seed" in line
+def test_a_sections_conflict_is_reported_with_the_rest(problem: Callable[..., str]) -> None:
+    line = problem(model__n_heads=5, train__seed="x")
+    assert "model: d_model 384 is not a multiple of n_heads 5" in line and "train.seed" in line
+
+
+def test_all_conflicts_between_sections_are_reported_at_once(problem: Callable[..., str]) -> None:
+    line = problem(train__sequence_length=1024, evaluate__stride=1024)
+    assert "train.sequence_length 1024 is more than" in line and "evaluate.stride 1024 is more than" in line
 
 
 @pytest.mark.parametrize(
@@ -110,20 +115,21 @@ def test_impossible_combinations_are_reported_with_the_rest(problem: Callable[..
         ("train.learning_rate", True),
         ("train.learning_rate", "fast"),
         ("train.optimizer", "sgd"),
-        ("train.device", "gpu"),
-        ("train.device", "cpu\n"),
-        ("train.precision", 16),
+        ("runtime.device", "gpu"),
+        ("runtime.device", "cpu\n"),
+        ("runtime.precision", 16),
         ("train.decay_fraction", 1.1),
         ("train.grad_clip", 0),
-        ("train.threads", 0),
+        ("runtime.threads", 0),
+        ("runtime.threads", "all"),
+        ("runtime.threads", True),
         ("train", None),
         ("train", [1, 2]),
         ("train.checkpoint_interval", 0),
-        ("train.max_bad_steps", -1),
-        ("train.max_bad_steps", 2**31),
         ("train.warmup_steps", 2**31),
         ("train.compile", "yes"),
         ("train.compile", 1),
+        ("train.fused", "auto"),
         ("train.batch_size", 2**20 + 1),
         ("train.micro_batch_size", "many"),
         ("train.micro_batch_size", 0),
@@ -190,12 +196,11 @@ def test_a_source_that_dvc_does_not_watch_is_told_so(problem: Callable[..., str]
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model.n_heads": 5}, "model.d_model 384 is not a multiple of model.n_heads 5"),
+        ({"model.n_heads": 5}, "model: d_model 384 is not a multiple of n_heads 5"),
         ({"train.sequence_length": 513}, "train.sequence_length 513 is more than model.max_len 512"),
         ({"evaluate.stride": 513}, "evaluate.stride 513 is more than model.max_len 512"),
         ({"model.tie_weights": True}, "train.initialization bigrams needs model.tie_weights false"),
         ({"model.d_model": 2, "model.n_heads": 1}, "train.initialization bigrams needs model.d_model 3 or more (2)"),
-        ({"train.max_steps": 50, "train.max_bad_steps": 50}, "train.max_bad_steps 50 is not below train.max_steps 50"),
         ({"prepare.val_fraction": 0.5, "prepare.test_fraction": 0.5}, "leave nothing to train on"),
         ({"prepare.val_fraction": "6e-1", "prepare.test_fraction": "6e-1"}, "leave nothing to train on"),
     ],

@@ -125,6 +125,7 @@ class TrainParams(Section):
     eval_interval: Count
     eval_windows: Count
     checkpoint_interval: Count
+    fused: bool
     compile: bool
 
 

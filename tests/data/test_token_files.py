@@ -66,11 +66,17 @@ def test_tokens_decode_to_the_documents_with_end_of_text_between(tmp_path: Path)
         assert row["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 
+def test_seen_tokens_are_those_of_the_train_split(tmp_path: Path) -> None:
+    write(tmp_path, TEXTS)
+    seen = np.load(tmp_path / "seen_tokens.npy")
+    assert seen.shape == (50257,) and set(np.flatnonzero(seen)) == set(np.fromfile(tmp_path / "train.bin", "<u2"))
+
+
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write(tmp_path / name, TEXTS)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["documents.csv", "meta.json", "test.bin", "train.bin", "val.bin"]
+    assert names == ["documents.csv", "meta.json", "seen_tokens.npy", "test.bin", "train.bin", "val.bin"]
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
 
 

@@ -2,12 +2,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2.generation import decoder as decoding
-from gpt2.generation.decoder import Decoder, fast_linear
+from gpt2.generation.decoder import Decoder, _linear
 from gpt2.model.gpt2 import GPT2Model
 
 MakeModel = Callable[..., GPT2Model]
@@ -25,7 +25,7 @@ def test_logits_are_the_models(make_model: MakeModel, changes: dict[str, Any], u
     model = make_model(random=True, **changes)
     with torch.no_grad():
         model.output_projection.weight[unseen] = torch.randn(16)
-    decoder = Decoder(model, rows=3)
+    decoder = Decoder(model, slots=3, seen=~np.isin(np.arange(61), unseen))
     texts = [[3, 1, 4, 1, 5], [9], [2, 6]]
     found = decoder.prefill(dict(enumerate(texts)))
     torch.testing.assert_close(found, logits_of(model, texts), atol=1e-5, rtol=1e-5)
@@ -37,13 +37,13 @@ def test_logits_are_the_models(make_model: MakeModel, changes: dict[str, Any], u
         torch.testing.assert_close(found, logits_of(model, texts), atol=1e-5, rtol=1e-5)
 
 
-def test_a_row_begins_anew_while_others_go_on(make_model: MakeModel) -> None:
+def test_a_slot_is_filled_again_while_others_continue(make_model: MakeModel) -> None:
     model = make_model(random=True)
-    decoder = Decoder(model, rows=3)
+    decoder = Decoder(model, slots=3)
     decoder.prefill({0: [3, 1, 4], 1: [1, 5, 9, 2, 6], 2: [8]})
     found = decoder.prefill({1: [7, 7]})
     torch.testing.assert_close(found, logits_of(model, [[7, 7]]), atol=1e-5, rtol=1e-5)
-    found = decoder.step([1, 2], [3, 2])  # the last row waits
+    found = decoder.step([1, 2], [3, 2])  # the last slot waits
     torch.testing.assert_close(found, logits_of(model, [[3, 1, 4, 1], [7, 7, 2]]), atol=1e-5, rtol=1e-5)
     decoder.move(2, 0)
     torch.testing.assert_close(decoder.step([6], [1]), logits_of(model, [[8, 6]]), atol=1e-5, rtol=1e-5)
@@ -51,7 +51,7 @@ def test_a_row_begins_anew_while_others_go_on(make_model: MakeModel) -> None:
 
 def test_texts_fill_the_context(make_model: MakeModel) -> None:
     model = make_model(random=True, max_len=4)
-    decoder = Decoder(model, rows=1)
+    decoder = Decoder(model, slots=1)
     decoder.prefill({0: [3, 1, 4]})
     found = decoder.step([1], [3])
     torch.testing.assert_close(found, logits_of(model, [[3, 1, 4, 1]]), atol=1e-5, rtol=1e-5)
@@ -65,41 +65,40 @@ def test_packed_weights_map_alike(has_bias: bool, gelu: str | None, rows: int) -
     weight, x, bias = torch.randn(5, 8), torch.randn(rows, 2, 8), torch.randn(5) if has_bias else None
     expected = F.linear(x, weight, bias)
     expected = expected if gelu is None else F.gelu(expected, approximate=gelu)
-    torch.testing.assert_close(fast_linear(weight, bias, gelu=gelu)(x), expected, atol=1e-6, rtol=1e-5)
-    coarse = fast_linear(weight, bias, "int8", gelu)(x)
+    torch.testing.assert_close(_linear(weight, bias, "none", gelu)(x), expected, atol=2e-6, rtol=1e-5)
+    coarse = _linear(weight, bias, "int8", gelu)(x)
     assert 0 < (coarse - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_int8_is_in_the_blocks_and_in_the_head(make_model: MakeModel) -> None:
     model = make_model(random=True)
-    exact, coarse = Decoder(model, 1), Decoder(model, 1, "int8")
-    expected, found = (decoder.prefill_features({0: [3, 1, 4]}) for decoder in (exact, coarse))
+    exact, coarse = Decoder(model, 1), Decoder(model, 1, quantization="int8")
+    expected, found = (decoder.prefill_hidden_states({0: [3, 1, 4]}) for decoder in (exact, coarse))
     assert 1e-4 < (found - expected).abs().max() < 0.1 * expected.abs().max()
-    expected, found = (decoder.project(expected) for decoder in (exact, coarse))
+    expected, found = (decoder.logits(expected) for decoder in (exact, coarse))
     assert 1e-4 < (found - expected).abs().max() < 0.1 * expected.abs().max()
-
-
-def test_the_shortlist_leaves_logits_out(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "SHORTLIST_AFTER", 1)
-    decoder = Decoder(make_model(random=True), 1)
-    decoder.prefill({0: [3, 1, 4]})
-    assert decoder.step([1], [3], wanted=1).isfinite().all()  # not yet
-    assert decoder.step([5], [4]).isfinite().all()
-    assert decoder.step([9], [5], wanted=1).isinf().any()
 
 
 def test_int8_is_for_the_cpu(make_model: MakeModel, error_line: Callable[[Callable[[], object]], str]) -> None:
     model = make_model().to("meta")
-    assert "int8 weights are for the CPU (device cpu), not meta" in error_line(lambda: Decoder(model, 1, "int8"))
+    assert "int8 weights are for the CPU (device cpu), not meta" in error_line(
+        lambda: Decoder(model, 1, quantization="int8")
+    )
 
 
-def test_where_pytorch_has_no_int8_products_none_are_used(
+def test_where_pytorch_has_no_int8_matmuls_none_are_used(
     make_model: MakeModel, error_line: Callable[[Callable[[], object]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(engine="none"))
-    monkeypatch.setattr(decoding, "SHORTLIST_AFTER", 0)
     model = make_model(random=True)
-    assert "int8 weights are not for this machine" in error_line(lambda: Decoder(model, 1, "int8"))
+    assert "int8 weights are not for this machine" in error_line(lambda: Decoder(model, 1, quantization="int8"))
     decoder = Decoder(model, 1)
     decoder.prefill({0: [3, 1, 4]})
-    assert decoder.step([1], [3], wanted=1).isfinite().all()
+    assert decoder.step([1], [3]).isfinite().all()
+
+
+def test_seen_tokens_of_other_weights_are_refused(
+    make_model: MakeModel, error_line: Callable[[Callable[[], object]], str]
+) -> None:
+    line = error_line(lambda: Decoder(make_model(random=True), 1, np.arange(61) < 20))
+    assert "seen_tokens.npy is not of its weights" in line

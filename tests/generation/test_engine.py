@@ -7,18 +7,13 @@ import torch
 
 from gpt2.data.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, decode, encode
 from gpt2.generation.decoder import Quantization
-from gpt2.generation.engine import GenerationSettings, Text, Writer, write_all
+from gpt2.generation.engine import Engine, GenerationSettings, Request
 from gpt2.generation.sampling import draw
 from gpt2.model.gpt2 import GPT2Model
 
 ErrorLine = Callable[[Callable[[], object]], str]
 MakeModel = Callable[..., GPT2Model]
 MAX_LEN = 8
-
-
-@pytest.fixture(autouse=True)
-def shortlist_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt2.generation.decoder.SHORTLIST_AFTER", 3)
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +25,13 @@ def model(make_model: MakeModel) -> GPT2Model:
     return model
 
 
-def text_of(prompt: str, **settings: Any) -> Text:
-    return Text(
+def text_of(prompt: str, **settings: Any) -> Request:
+    return Request(
         prompt, GenerationSettings(**{"temperature": 1.0, "top_k": None, "seed": 1, "max_tokens": 20} | settings)
     )
 
 
-def written_by_hand(model: GPT2Model, text: Text) -> list[int]:
+def written_by_hand(model: GPT2Model, text: Request) -> list[int]:
     """What follows a text's prompt, by the whole model at each token; a full context is halved."""
     generator = torch.Generator().manual_seed(text.seed)
     tokens, start = list(text.tokens), max(0, len(text.tokens) - MAX_LEN)
@@ -63,62 +58,62 @@ VARIOUS: list[tuple[str, dict[str, Any]]] = [
 def test_a_text_is_what_the_whole_model_would_write(model: GPT2Model, prompt: str, settings: dict[str, Any]) -> None:
     text = text_of(prompt, **settings)
     expected = written_by_hand(model, text)
-    assert write_all(model, [text]) == [decode(expected)]
-    assert text.tokens == encode(prompt) + expected and text.written == text.settings.max_tokens and text.ended
+    assert Engine(model, 16).generate_all([text]) == [decode(expected)]
+    assert text.tokens == encode(prompt) + expected and text.generated == text.settings.max_tokens and text.finished
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 16])
 def test_texts_side_by_side_are_those_written_alone(model: GPT2Model, rows: int) -> None:
     texts = [text_of(prompt, **settings) for prompt, settings in VARIOUS * 2]
-    for _ in Writer(model, rows).write(deque(texts)):
+    for _ in Engine(model, rows).generate(deque(texts)):
         pass
     for first, again, (prompt, settings) in zip(texts[: len(VARIOUS)], texts[len(VARIOUS) :], VARIOUS, strict=True):
         alone = text_of(prompt, **settings)
-        write_all(model, [alone])
+        Engine(model, 16).generate_all([alone])
         assert first.tokens == again.tokens == alone.tokens
 
 
 def test_texts_may_come_while_others_are_written(model: GPT2Model) -> None:
     waiting, late = deque([text_of("One")]), text_of("Two", seed=2)
-    for text, _ in Writer(model, 2).write(waiting):
-        if text.written == 5 and text is not late:
+    for text, _ in Engine(model, 2).generate(waiting):
+        if text.generated == 5 and text is not late:
             waiting.append(late)
     alone = text_of("Two", seed=2)
-    write_all(model, [alone])
+    Engine(model, 16).generate_all([alone])
     assert late.tokens == alone.tokens
 
 
 def test_a_writer_writes_again_after_it_was_stopped(model: GPT2Model) -> None:
-    writer, again, fresh = Writer(model, 1), text_of("One"), text_of("One")
-    stopped = writer.write(deque([text_of("Two")]))
+    writer, again, fresh = Engine(model, 1), text_of("One"), text_of("One")
+    stopped = writer.generate(deque([text_of("Two")]))
     next(stopped)
     stopped.close()
-    for _ in writer.write(deque([again])):
+    for _ in writer.generate(deque([again])):
         pass
-    write_all(model, [fresh])
+    Engine(model, 16).generate_all([fresh])
     assert again.tokens == fresh.tokens
 
 
 def test_parts_make_the_text_token_by_token(model: GPT2Model) -> None:
     text = text_of("One", max_tokens=5)
-    counts, parts = zip(*((text.written, part) for _, part in Writer(model, 1).write(deque([text]))), strict=True)
+    counts, parts = zip(*((text.generated, part) for _, part in Engine(model, 1).generate(deque([text]))), strict=True)
     assert counts == (1, 2, 3, 4, 5)
-    assert "".join(parts) == write_all(model, [text_of("One", max_tokens=5)])[0]
+    assert "".join(parts) == Engine(model, 16).generate_all([text_of("One", max_tokens=5)])[0]
 
 
 def test_the_seed_decides_and_nothing_else(model: GPT2Model) -> None:
     state = torch.get_rng_state()
-    first = write_all(model, [text_of("One")])
+    first = Engine(model, 16).generate_all([text_of("One")])
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
     torch.manual_seed(5)
-    assert write_all(model, [text_of("One")]) == first
-    assert write_all(model, [text_of("One", seed=2)]) != first
+    assert Engine(model, 16).generate_all([text_of("One")]) == first
+    assert Engine(model, 16).generate_all([text_of("One", seed=2)]) != first
 
 
 def test_without_a_seed_every_text_is_another_and_tells_its_seed(model: GPT2Model) -> None:
     first, second = text_of("One", seed=None), text_of("One", seed=None)
-    found = write_all(model, [first, second])
-    assert found[0] != found[1] and write_all(model, [text_of("One", seed=first.seed)]) == found[:1]
+    found = Engine(model, 16).generate_all([first, second])
+    assert found[0] != found[1] and Engine(model, 16).generate_all([text_of("One", seed=first.seed)]) == found[:1]
 
 
 @pytest.mark.parametrize(("favourite", "written"), [(END_OF_TEXT_ID, 0), (encode(" war")[0], 3)])
@@ -130,16 +125,16 @@ def test_end_of_text_ends_a_text(make_model: MakeModel, favourite: int, written:
         model.output_projection.weight.zero_()
         model.output_projection.weight[favourite] = 1
     text = text_of("One", temperature=0, max_tokens=3)
-    assert write_all(model, [text]) == [" war" * written]
-    assert text.ended and text.written == written
+    assert Engine(model, 16).generate_all([text]) == [" war" * written]
+    assert text.finished and text.generated == written
 
 
 def test_a_text_ends_before_its_stop_string(model: GPT2Model) -> None:
-    whole = write_all(model, [text_of("One")])[0]
+    whole = Engine(model, 16).generate_all([text_of("One")])[0]
     stop = whole[len(whole) // 2 :][:3]
     text = text_of("One", stop=stop)
-    assert write_all(model, [text, text_of("One")]) == [whole.partition(stop)[0], whole]
-    assert text.ended and text.written < 20
+    assert Engine(model, 16).generate_all([text, text_of("One")]) == [whole.partition(stop)[0], whole]
+    assert text.finished and text.generated < 20
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("", "is empty"), (" \n", "is empty"), ("\ud800", "not UTF-8 text")])
@@ -149,15 +144,15 @@ def test_prompts_that_cannot_be_continued_are_refused(error_line: ErrorLine, pro
 
 @pytest.mark.parametrize("part", ["output_projection", "layer_norm"])
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_ruined_weights_are_named(
+def test_broken_weights_are_named(
     make_model: MakeModel, error_line: ErrorLine, part: str, quantization: Quantization
 ) -> None:
     model = make_model(vocab_size=VOCAB_SIZE, d_model=8)
     with torch.no_grad():
         model.get_parameter(f"{part}.weight")[7] = torch.nan
-    line = error_line(lambda: next(Writer(model, 1, quantization).write(deque([text_of("One")]))))
-    assert "the model's weights are ruined" in line
+    line = error_line(lambda: next(Engine(model, 1, quantization=quantization).generate(deque([text_of("One")]))))
+    assert "the model's weights are broken" in line
 
 
 def test_no_texts_are_no_texts(model: GPT2Model) -> None:
-    assert write_all(model, []) == []
+    assert Engine(model, 16).generate_all([]) == []

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -56,7 +57,7 @@ def test_saved_model_comes_back(
     model = make_model(random=True, dropout=0.5, **kind)
     digest = save_model(model.train(), make_config(dropout=0.5, **kind), tmp_path)
     for path in (tmp_path, tmp_path / "model.safetensors"):
-        loaded, config = load_model(path)
+        loaded, config, _ = load_model(path)
         assert not loaded.training
         assert torch.equal(logits(loaded), logits(model.eval()))
         assert config.model_dump() == make_config(dropout=0.5, **kind).model_dump()
@@ -73,12 +74,21 @@ def test_same_weights_give_the_same_bytes(tmp_path: Path, make_model: MakeModel,
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
+def test_seen_tokens_come_back(tmp_path: Path, make_model: MakeModel, make_config: Callable[..., ModelConfig]) -> None:
+    seen = np.arange(61) < 50
+    save_model(make_model(), make_config(), tmp_path, seen=seen)
+    assert np.array_equal(load_model(tmp_path)[2], seen)
+    np.save(tmp_path / "seen_tokens.npy", seen[:-1])
+    with pytest.raises(UserError, match="does not tell which of 61 tokens"):
+        load_model(tmp_path)
+
+
 def test_tied_weights_are_saved_once(tmp_path: Path, make_model: MakeModel, make_config: MakeConfig) -> None:
     model = make_model(**OPENAI)
     save_model(model, make_config(**OPENAI), tmp_path)
     names = set(load_file(tmp_path / "model.safetensors"))
     assert names == set(model.state_dict()) - {"output_projection.weight"}
-    loaded, _ = load_model(tmp_path)
+    loaded, _, _ = load_model(tmp_path)
     assert loaded.output_projection.weight is loaded.token_embedding.weight
 
 
@@ -245,7 +255,7 @@ def test_checkpoint_of_the_original_project_loads(
     model = make_model(random=True, qkv_bias=qkv_bias)
     state = {name_of(name): weight for name, weight in model.state_dict().items()}
     assert (set(state) == set(model.state_dict())) == (name_of is str)
-    loaded, config = load_model(save_original(tmp_path / f"model{suffix}", state))
+    loaded, config, _ = load_model(save_original(tmp_path / f"model{suffix}", state))
     assert not loaded.training and torch.equal(logits(loaded), logits(model))
     assert config.qkv_bias == qkv_bias and not config.tie_weights and config.vocab_size == 61
 

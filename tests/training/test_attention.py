@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.training import attention
-from gpt2.training.attention import causal_attention
-from gpt2.training.dropout import draw_mask, keep_scale
+from gpt2.training.attention import _draw_mask, causal_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 BLOCK = 4
@@ -46,9 +45,9 @@ def plain(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     mask = torch.zeros(6, length, length)
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
-        mask[:, start:end, :end] = draw_mask(torch.Size((6, end - start, end)), dropout)
+        mask[:, start:end, :end] = _draw_mask(torch.Size((6, end - start, end)), round(256 * dropout))
     scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
-    return (scores.softmax(-1) * mask.unflatten(0, (2, 3)) * keep_scale(dropout)) @ v
+    return (scores.softmax(-1) * mask.unflatten(0, (2, 3)) * 256 / (256 - round(256 * dropout))) @ v
 
 
 @pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 1])
@@ -106,3 +105,8 @@ def test_mean_stays_and_each_call_drops_anew() -> None:
     assert not torch.equal(results[0], results[1])
     expected = pytorchs(q, k, v)
     torch.testing.assert_close(results.mean(0), expected, atol=0.25, rtol=0)
+
+
+def test_masks_drop_the_fraction_asked_for() -> None:
+    mask = _draw_mask(torch.Size((100, 1001)), 64)
+    assert set(mask.unique().tolist()) == {0, 1} and mask.float().mean().item() == pytest.approx(0.75, abs=0.01)

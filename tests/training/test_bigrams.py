@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.model.gpt2 import GPT2Model
-from gpt2.training.bigrams import count_bigrams, start_from_bigrams
+from gpt2.training.bigrams import count_bigrams, initialize_from_bigrams
 
 MakeModel = Callable[..., GPT2Model]
 VOCABULARY, SEEN = 61, 50
@@ -46,7 +46,7 @@ def test_bigrams_have_kneser_neys_probabilities() -> None:
 def test_starts_near_the_bigrams_entropy(make_model: MakeModel, text: np.ndarray) -> None:
     model = make_model(d_model=48)
     first = loss_of(model, text)
-    start_from_bigrams(model, text)
+    initialize_from_bigrams(model, text)
     counts = torch.zeros(SEEN, SEEN).index_put_(
         (torch.from_numpy(text[:-1].astype(np.int64)), torch.from_numpy(text[1:].astype(np.int64))),
         torch.ones(len(text) - 1),
@@ -60,7 +60,7 @@ def test_few_dimensions_still_help(make_model: MakeModel, text: np.ndarray) -> N
     losses = []
     for width in (4, 8, 16):
         model = make_model(d_model=width)
-        start_from_bigrams(model, text)
+        initialize_from_bigrams(model, text)
         losses.append(loss_of(model, text))
     assert losses == sorted(losses, reverse=True) and losses[0] < math.log(SEEN)
 
@@ -70,19 +70,19 @@ def test_is_a_function_of_the_seed_and_the_text(make_model: MakeModel, text: np.
     for seed, tokens in ((1, text), (1, text), (2, text), (1, text[::-1].copy())):
         model = make_model()
         torch.manual_seed(seed)
-        start_from_bigrams(model, tokens)
+        initialize_from_bigrams(model, tokens)
         states.append(model.output_projection.weight)
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2]) and not torch.equal(states[0], states[3])
 
 
 def test_the_weights_may_be_on_another_device(make_model: MakeModel, text: np.ndarray) -> None:
-    start_from_bigrams(make_model(d_model=48).to("meta"), text)
+    initialize_from_bigrams(make_model(d_model=48).to("meta"), text)
 
 
 @pytest.mark.parametrize("tokens", [[5] * 20, [1, 2], list(range(13))], ids=["one token", "one pair", "no repetition"])
 def test_odd_texts_leave_finite_weights(make_model: MakeModel, tokens: list[int]) -> None:
     model = make_model(d_model=4)
-    start_from_bigrams(model, np.array(tokens, dtype=np.uint16))
+    initialize_from_bigrams(model, np.array(tokens, dtype=np.uint16))
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert torch.isfinite(model(torch.tensor([[0, 60]]))).all()

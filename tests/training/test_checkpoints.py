@@ -1,3 +1,4 @@
+import re
 import shutil
 import threading
 import time
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from gpt2.config import TrainParams
 from gpt2.model.gpt2 import GPT2Model
@@ -40,17 +42,17 @@ def trained(make_model: MakeModel, make_train_params: Callable[..., TrainParams]
 
 
 @pytest.fixture(scope="module")
-def saved_states(tmp_path_factory: pytest.TempPathFactory, trained: Train) -> Path:
-    """A folder with the states of steps 1 and 2, to be copied."""
-    folder = tmp_path_factory.mktemp("states")
+def saved_checkpoints(tmp_path_factory: pytest.TempPathFactory, trained: Train) -> Path:
+    """A folder with the checkpoints of steps 1 and 2, to be copied."""
+    folder = tmp_path_factory.mktemp("checkpoints")
     for step in (1, 2):
         Checkpoints(folder).save(step, *trained(step), {})
     return folder
 
 
 @pytest.fixture
-def two_states(tmp_path: Path, saved_states: Path) -> Path:
-    return shutil.copytree(saved_states, tmp_path, dirs_exist_ok=True)
+def two_checkpoints(tmp_path: Path, saved_checkpoints: Path) -> Path:
+    return shutil.copytree(saved_checkpoints, tmp_path, dirs_exist_ok=True)
 
 
 def newest(folder: Path) -> Path:
@@ -58,7 +60,7 @@ def newest(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"tie_weights": True}])
-def test_restored_training_goes_on_as_the_saved_one(tmp_path: Path, trained: Train, kind: dict[str, Any]) -> None:
+def test_restored_training_continues_as_the_saved_one(tmp_path: Path, trained: Train, kind: dict[str, Any]) -> None:
     checkpoints, notes = Checkpoints(tmp_path / "new"), {"history": [[1, {"é": 0.1}]]}
     model, optimizers = trained(3, **kind)
     with checkpoints.locked():
@@ -74,24 +76,24 @@ def test_restored_training_goes_on_as_the_saved_one(tmp_path: Path, trained: Tra
         assert torch.equal(weight, again.state_dict()[name]), name
 
 
-def test_last_two_states_are_kept(tmp_path: Path, trained: Train) -> None:
+def test_last_two_checkpoints_are_kept(tmp_path: Path, trained: Train) -> None:
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.last() == "no state has been saved yet"
+    assert checkpoints.last() == "no checkpoint has been saved yet"
     for step in (1, 2, 10, 100):
         checkpoints.save(step, *trained(0), {})
     assert [path.name[:10] for path in sorted(tmp_path.iterdir())] == ["0000000010", "0000000100"]
-    assert checkpoints.last() == f"the last good state is that of step 100, in {tmp_path}"
+    assert checkpoints.last() == f"the last good checkpoint is that of step 100, in {tmp_path}"
 
 
-def test_without_states_there_is_nothing_to_restore(tmp_path: Path, trained: Train) -> None:
+def test_without_checkpoints_there_is_nothing_to_restore(tmp_path: Path, trained: Train) -> None:
     assert Checkpoints(tmp_path / "absent").restore(*trained(0)) is None
 
 
 @given(data=st.data())
-def test_damaged_state_is_passed_over_with_a_warning(
-    data: st.DataObject, trained: Train, saved_states: Path, tmp_path_factory: pytest.TempPathFactory
+def test_damaged_checkpoint_is_skipped_with_a_warning(
+    data: st.DataObject, trained: Train, saved_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = shutil.copytree(saved_states, tmp_path_factory.mktemp("damaged"), dirs_exist_ok=True)
+    folder = shutil.copytree(saved_checkpoints, tmp_path_factory.mktemp("damaged"), dirs_exist_ok=True)
     path = newest(folder)
     whole = path.read_bytes()
     at = data.draw(st.one_of(st.integers(0, 200), st.integers(0, len(whole) - 1)))  # often in the header
@@ -105,44 +107,46 @@ def test_damaged_state_is_passed_over_with_a_warning(
     shutil.rmtree(folder)
 
 
-def test_warning_names_the_damaged_state(two_states: Path, trained: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    path = newest(two_states)
+def test_warning_names_the_damaged_checkpoint(
+    two_checkpoints: Path, trained: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = newest(two_checkpoints)
     path.write_bytes(path.read_bytes()[:-1])
-    Checkpoints(two_states).restore(*trained(0))
-    assert capsys.readouterr().err == f"warning: {path} is damaged; it is passed over and deleted\n"
+    Checkpoints(two_checkpoints).restore(*trained(0))
+    assert capsys.readouterr().err == f"warning: {path} is damaged; it is skipped and deleted\n"
 
 
-def test_damaged_states_do_not_take_the_place_of_good_ones(two_states: Path, trained: Train) -> None:
-    checkpoints = Checkpoints(two_states)
-    for path in two_states.iterdir():
+def test_damaged_checkpoints_do_not_take_the_place_of_good_ones(two_checkpoints: Path, trained: Train) -> None:
+    checkpoints = Checkpoints(two_checkpoints)
+    for path in two_checkpoints.iterdir():
         path.write_bytes(b"")
     assert checkpoints.restore(*trained(0)) is None
     checkpoints.save(0, *trained(0), {"kept": True})  # a step below theirs
     assert checkpoints.restore(*trained(0)) == (0, {"kept": True})
-    assert "the last good state is that of step 0" in checkpoints.last()
+    assert "the last good checkpoint is that of step 0" in checkpoints.last()
 
 
-def test_state_that_does_not_fit_on_the_disk_leaves_the_last(
-    two_states: Path, trained: Train, full_disk: FullDisk
+def test_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last(
+    two_checkpoints: Path, trained: Train, full_disk: FullDisk
 ) -> None:
-    before = sorted(two_states.iterdir())
-    message = "state of step 3 cannot be saved .*the last good state is that of step 2, in"
+    before = sorted(two_checkpoints.iterdir())
+    message = "checkpoint of step 3 cannot be saved .*the last good checkpoint is that of step 2, in"
     with pytest.raises(OSError, match=message), full_disk():
-        Checkpoints(two_states).save(3, *trained(3), {})
-    assert sorted(two_states.iterdir()) == before
-    assert Checkpoints(two_states).restore(*trained(0)) == (2, {})
+        Checkpoints(two_checkpoints).save(3, *trained(3), {})
+    assert sorted(two_checkpoints.iterdir()) == before
+    assert Checkpoints(two_checkpoints).restore(*trained(0)) == (2, {})
 
 
-def test_unfinished_state_of_a_killed_process_is_deleted(two_states: Path) -> None:
-    (two_states / "partial").write_bytes(newest(two_states).read_bytes()[:100])
-    checkpoints = Checkpoints(two_states)
+def test_unfinished_checkpoint_of_a_killed_process_is_deleted(two_checkpoints: Path) -> None:
+    (two_checkpoints / "partial").write_bytes(newest(two_checkpoints).read_bytes()[:100])
+    checkpoints = Checkpoints(two_checkpoints)
     with checkpoints.locked():
-        assert [path.suffix for path in two_states.iterdir()] == [".safetensors"] * 2
+        assert [path.suffix for path in two_checkpoints.iterdir()] == [".safetensors"] * 2
 
 
 def test_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"), Checkpoints(tmp_path / "file" / "states").locked():
+    with pytest.raises(OSError, match="file"), Checkpoints(tmp_path / "file" / "checkpoints").locked():
         pass
 
 
@@ -166,7 +170,7 @@ def test_same_training_waits_and_says_so(tmp_path: Path, capsys: pytest.CaptureF
     assert order == ["first", "second"]
 
 
-def test_removed_states_leave_nothing_unless_they_are_in_use(tmp_path: Path, trained: Train) -> None:
+def test_removed_checkpoints_leave_nothing_unless_they_are_in_use(tmp_path: Path, trained: Train) -> None:
     checkpoints = Checkpoints(tmp_path / "key")
     with checkpoints.locked():
         checkpoints.save(1, *trained(1), {})
@@ -175,3 +179,16 @@ def test_removed_states_leave_nothing_unless_they_are_in_use(tmp_path: Path, tra
     checkpoints.remove()
     assert list(tmp_path.iterdir()) == []
     checkpoints.remove()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_state_is_saved_by_parameter_name(tmp_path: Path, trained: Train, optimizer: str) -> None:
+    model, optimizers = trained(2, optimizer=optimizer)
+    Checkpoints(tmp_path).save(2, model, optimizers, {})
+    keys = {"adamw": ("exp_avg", "exp_avg_sq", "step"), "muon": ("momentum_buffer",)}
+    with safe_open(newest(tmp_path), framework="pt") as file:
+        names = set(file.keys())
+    for name, _ in model.named_parameters():
+        in_muon = optimizer == "muon" and re.search(r"blocks.*(w_.|linear\d)\.weight", name)
+        assert {f"optimizer/{name}/{key}" for key in keys["muon" if in_muon else "adamw"]} < names
+        assert f"model/{name}" in names

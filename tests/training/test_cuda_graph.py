@@ -1,4 +1,4 @@
-"""What runs otherwise on a CUDA device: a training's and a decoder's steps, recorded, and the start."""
+"""What runs otherwise on a CUDA device: a training's and a decoder's steps, captured, and the initialization."""
 
 import math
 import warnings
@@ -14,21 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.config import TrainParams
+from gpt2.config import RuntimeParams, TrainParams, check
 from gpt2.data.batches import Tokens
 from gpt2.generation.decoder import Decoder
-from gpt2.model.gpt2 import GPT2Model
-from gpt2.training.bigrams import start_from_bigrams
+from gpt2.model.gpt2 import GPT2Model, cross_entropy
+from gpt2.model.seen_tokens import SeenTokens
+from gpt2.training.bigrams import initialize_from_bigrams
 from gpt2.training.checkpoints import Checkpoints
-from gpt2.training.cuda_graph import record
-from gpt2.training.loss import linear_cross_entropy
-from gpt2.training.trainer import train
+from gpt2.training.cuda_graph import capture
+from gpt2.training.loss import FusedCrossEntropy
+from gpt2.training.run import run_training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 MakeModel = Callable[..., GPT2Model]
 Run = Callable[..., tuple[GPT2Model, dict[str, float]]]
 TOKENS: Tokens = (np.arange(4000) * 7 % 53).astype(np.uint16)  # each token tells the next; of 61, 8 never occur
+SEEN = np.arange(61) < 53
 assert_close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-3)
 
 
@@ -36,13 +38,16 @@ assert_close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-3)
 def run(make_model: MakeModel, make_train_params: Callable[..., TrainParams], tmp_path: Path) -> Run:
     """Train a tiny model, of three micro-batches a step unless told otherwise; return it, on the CPU, and metrics."""
 
-    def run(folder: str = "", dropout: float = 0.0, **changes: Any) -> tuple[GPT2Model, dict[str, float]]:
+    def run(
+        folder: str = "", dropout: float = 0.0, device: str = "cuda", precision: str = "float32", **changes: Any
+    ) -> tuple[GPT2Model, dict[str, float]]:
         model = make_model(dropout=dropout)
-        tiny = {"max_steps": 12, "warmup_steps": 2, "batch_size": 5, "micro_batch_size": 2, "device": "cuda"}
+        tiny = {"max_steps": 12, "warmup_steps": 2, "batch_size": 5, "micro_batch_size": 2}
+        runtime = check(RuntimeParams, {"threads": 1, "device": device, "precision": precision}, "runtime")
         params = make_train_params(**tiny | changes)
         checkpoints = Checkpoints(tmp_path / (folder or str(len(list(tmp_path.iterdir())))))
         checkpoints.folder.mkdir(exist_ok=True)
-        metrics = train(model, TOKENS, TOKENS[:90], params, checkpoints, lambda *_: None)[0]
+        metrics, _ = run_training(model, TOKENS, TOKENS[:90], SEEN, params, runtime, checkpoints, lambda *_: None)
         return model.cpu(), metrics
 
     return run
@@ -53,21 +58,21 @@ def assert_same(one: GPT2Model, two: GPT2Model) -> None:
         assert_close(weight, two.state_dict()[name])
 
 
-def test_a_recorded_function_takes_new_inputs_draws_anew_and_returns_copies() -> None:
+def test_a_captured_function_takes_new_inputs_draws_anew_and_returns_copies() -> None:
     memory = torch.zeros(3, device="cuda")
 
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
         memory.copy_(x)
         return x * 2, torch.rand((), device="cuda")
 
-    recorded = record(function, torch.zeros(3, device="cuda"))
-    found = [recorded(torch.tensor(numbers)) for numbers in ([1.0, 2.0, 3.0], [4.0])]
+    captured = capture(function, torch.zeros(3, device="cuda"))
+    found = [captured(torch.tensor(numbers)) for numbers in ([1.0, 2.0, 3.0], [4.0])]
     assert [outputs[0].tolist() for outputs in found] == [[2, 4, 6], [8, 4, 6]] and memory.tolist() == [4, 2, 3]
     assert found[0][1] != found[1][1]
     torch.manual_seed(5)
-    again = [recorded(torch.zeros(3))[1] for _ in range(2)]
+    again = [captured(torch.zeros(3))[1] for _ in range(2)]
     torch.manual_seed(5)
-    assert again == [recorded(torch.zeros(3))[1] for _ in range(2)] and again[0] != again[1]
+    assert again == [captured(torch.zeros(3))[1] for _ in range(2)] and again[0] != again[1]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -113,7 +118,7 @@ def test_the_start_is_as_good_as_the_cpus(make_model: MakeModel) -> None:
     for device in ("cuda", "cpu"):
         torch.manual_seed(1)
         model = make_model(d_model=48).to(device)
-        start_from_bigrams(model, TOKENS)
+        initialize_from_bigrams(model, TOKENS)
         windows = torch.from_numpy(TOKENS[:1300].astype(np.int64)).view(100, 13)
         losses.append(F.cross_entropy(model.cpu()(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()).item())
     assert losses[0] == pytest.approx(losses[1], abs=0.05) and losses[0] < 1
@@ -127,7 +132,7 @@ def test_a_decoders_logits_are_the_models(make_model: MakeModel) -> None:
         with torch.no_grad():
             return torch.stack([model(torch.tensor([text]))[0, -1] for text in texts])
 
-    decoder = Decoder(deepcopy(model).cuda(), rows=4)
+    decoder = Decoder(deepcopy(model).cuda(), slots=4)
     found = decoder.prefill(dict(enumerate(texts))).cpu()
     assert_close(found, expected())
     for new in ([7, 8, 9], [1, 1, 2]):
@@ -140,21 +145,19 @@ def test_a_decoders_logits_are_the_models(make_model: MakeModel) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_loss_in_bfloat16_is_no_farther_from_the_truth_than_the_plain_computation(compiled: bool) -> None:
     generator = torch.Generator().manual_seed(1)
-    features, weight = (torch.randn(size, 64, generator=generator).cuda().requires_grad_() for size in (300, 5000))
-    targets = torch.randint(5000, (300,), generator=generator).cuda()
-    exact = features.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-
-    def plain(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(features, weight), targets)
-
-    value = plain(*exact, targets)
+    hidden_states = torch.randn(1, 300, 64, generator=generator).cuda().requires_grad_()
+    weight = torch.randn(5000, 64, generator=generator).cuda().requires_grad_()
+    targets = torch.randint(5000, (1, 300), generator=generator).cuda()
+    exact = hidden_states.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    value = cross_entropy(*exact, targets)
     truth = (value, *torch.autograd.grad(value, exact))
 
     def distances(function: Callable[..., Tensor]) -> list[float]:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            value = function(features, weight, targets)
-        found = (value, *torch.autograd.grad(value, (features, weight)))
+            value = function(hidden_states, weight, targets)
+        found = (value, *torch.autograd.grad(value, (hidden_states, weight)))
         return [(one.double() - true).norm().item() for one, true in zip(found, truth, strict=True)]
 
-    for ours, theirs in zip(distances(partial(linear_cross_entropy, compiled=compiled)), distances(plain), strict=True):
+    fused = FusedCrossEntropy(SeenTokens(torch.ones(5000, dtype=torch.bool).cuda()), compiled)
+    for ours, theirs in zip(distances(fused), distances(cross_entropy), strict=True):
         assert ours <= theirs * 1.02 + 1e-6

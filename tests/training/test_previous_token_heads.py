@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.model.gpt2 import GPT2Model, TransformerBlock
-from gpt2.training.bigrams import start_from_bigrams
-from gpt2.training.previous_token_heads import MOST_HEADS, _expected_rows, _moments
+from gpt2.training.bigrams import MOST_HEADS, _expected_rows, _moments, initialize_from_bigrams
 
 MakeModel = Callable[..., GPT2Model]
 SEEN = 20
@@ -31,7 +30,7 @@ def first_block(model: GPT2Model) -> TransformerBlock:
 
 def test_each_head_looks_one_token_farther_back(make_model: MakeModel, text: np.ndarray) -> None:
     model = make_model(d_model=96, n_heads=3)
-    start_from_bigrams(model, text)
+    initialize_from_bigrams(model, text)
     block = first_block(model)
     tokens = torch.from_numpy(text[: model.max_len].astype(np.int64))
     x = block.layer_norm1(model.token_embedding(tokens) + model.position_embedding.weight)
@@ -45,14 +44,14 @@ def test_each_head_looks_one_token_farther_back(make_model: MakeModel, text: np.
 
 def test_only_the_first_heads_add_something(make_model: MakeModel, text: np.ndarray) -> None:
     model = make_model(d_model=96, n_heads=MOST_HEADS + 2)
-    start_from_bigrams(model, text)
+    initialize_from_bigrams(model, text)
     added = first_block(model).attention.w_o.weight.unflatten(1, (MOST_HEADS + 2, -1)).abs().amax((0, 2))
     assert added[:MOST_HEADS].all() and not added[MOST_HEADS:].any()
 
 
 def test_heads_tell_what_the_last_token_does_not(make_model: MakeModel, text: np.ndarray) -> None:
     model = make_model(d_model=96, n_heads=3)
-    start_from_bigrams(model, text)
+    initialize_from_bigrams(model, text)
     windows = torch.from_numpy(text[:9600].astype(np.int64)).unfold(0, model.max_len + 1, model.max_len)
 
     def loss() -> float:
@@ -65,7 +64,7 @@ def test_heads_tell_what_the_last_token_does_not(make_model: MakeModel, text: np
 
 def test_first_logits_are_of_the_last_tokens(make_model: MakeModel, text: np.ndarray) -> None:
     model = make_model(d_model=192, n_heads=3)  # 32 dimensions for positions
-    start_from_bigrams(model, text)
+    initialize_from_bigrams(model, text)
     tokens = torch.from_numpy(text[: model.max_len].astype(np.int64))
     logits = model(tokens[None])[0, -1]
     moves = []

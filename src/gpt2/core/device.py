@@ -8,7 +8,6 @@ from typing import Literal
 import psutil
 import torch
 from joblib import cpu_count
-from torch import Tensor
 
 from gpt2.core.errors import UserError
 
@@ -51,9 +50,9 @@ def choose_micro_batch_size(setting: Literal["auto"] | int, device: torch.device
     return setting
 
 
-def exact_format(x: Tensor) -> torch.dtype:
-    """Return the number format for sums over x: its own, but at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype for sums over values of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

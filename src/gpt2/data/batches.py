@@ -15,6 +15,7 @@ from torch import Tensor
 from gpt2.core.errors import UserError
 
 Tokens = NDArray[np.uint16]
+SeenMask = NDArray[np.bool_]
 
 
 def load_tokens(path: Path) -> Tokens:
@@ -23,6 +24,17 @@ def load_tokens(path: Path) -> Tokens:
         return np.memmap(path, dtype="<u2", mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); run `dvc repro prepare`") from None
+
+
+def load_seen(path: Path, vocab_size: int) -> SeenMask:
+    """Read which tokens (V,) a training split has. Raises UserError if the file is missing or broken."""
+    try:
+        seen: SeenMask = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if seen.dtype != np.bool_ or seen.shape != (vocab_size,):
+        raise UserError(f"{path} does not tell which of {vocab_size} tokens are seen")
+    return seen
 
 
 class TrainingBatches:

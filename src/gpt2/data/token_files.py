@@ -22,12 +22,15 @@ def write_token_files(
 ) -> dict[str, Any]:
     """Split and tokenize documents into folder/{train,val,test}.bin, documents.csv and meta.json; return the meta.
 
+    seen_tokens.npy tells of each token of the vocabulary whether the train split has it.
+
     A document's tokens are followed by one <|endoftext|>. Memory is bounded by a piece of text, not by a document.
     Raises UserError if a document cannot be read or a split is left without text.
     """
     digests = [digest(document) for document in documents]
     splits = split_documents(digests, val_fraction, test_fraction)
     hashers = {split: hashlib.sha256() for split in SPLITS}
+    seen = np.zeros(tokenizer.VOCAB_SIZE, dtype=bool)  # by the train split
     totals = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
     with ExitStack() as stack:
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
@@ -41,6 +44,8 @@ def write_token_files(
                 files[split].write(data)
                 hashers[split].update(data)
                 count += len(ids)
+                if split == "train":
+                    seen[ids] = True
             rows.writerow([document.name, split, total["tokens"], count, found.bytes, found.sha256])
             total["documents"] += 1
             total["bytes"] += found.bytes
@@ -54,6 +59,7 @@ def write_token_files(
         "vocab_size": tokenizer.VOCAB_SIZE,
         "splits": {split: {**totals[split], "sha256": hashers[split].hexdigest()} for split in SPLITS},
     }
+    np.save(folder / "seen_tokens.npy", seen)
     write_json(folder / "meta.json", meta)
     return meta
 

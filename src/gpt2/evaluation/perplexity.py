@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.core.errors import UserError
 from gpt2.data.batches import Tokens
 from gpt2.data.tokenizer import END_OF_TEXT_ID
 from gpt2.model.gpt2 import GPT2Model
-from gpt2.model.seen_tokens import TextVocabulary
-from gpt2.training.loss import perplexity, token_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ def token_losses(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int)
     """
     if stride > model.max_len:
         raise UserError(f"stride {stride} is more than the model's max_len {model.max_len}")
-    vocabulary = TextVocabulary.of_weight(model.output_projection.weight)
-    device, rows = vocabulary.ids.device, vocabulary.rows(model.output_projection.weight)
+    device = model.output_projection.weight.device
     inputs, targets = _inputs(tokens), torch.from_numpy(tokens.astype(np.int64))
     losses = torch.empty(len(tokens))
     windows = sliding_windows(len(tokens), model.max_len, stride)
@@ -56,11 +54,10 @@ def token_losses(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int)
         starts = [window.start for window in group]
         for i in range(0, len(starts), batch_size):
             positions = torch.tensor(starts[i : i + batch_size])[:, None] + torch.arange(length)  # (B, T)
-            features = model.features(inputs[positions].to(device))[:, -scored:]  # (B, S, C)
+            hidden_states = model.hidden_states(inputs[positions].to(device))[:, -scored:]  # (B, S, C)
+            logits = model.output_projection(hidden_states).flatten(0, 1).float()  # (B * S, V)
             scored_at = positions[:, -scored:].flatten()
-            target_rows = vocabulary.row_of[targets[scored_at].to(device)]
-            found = token_cross_entropy(features.flatten(0, 1), rows, target_rows, vocabulary.last_count)
-            losses[scored_at] = found.float().cpu()
+            losses[scored_at] = F.cross_entropy(logits, targets[scored_at].to(device), reduction="none").cpu()
     return losses
 
 
@@ -70,8 +67,8 @@ def predict(model: GPT2Model, tokens: Tokens, index: int, stride: int) -> Tensor
     windows = sliding_windows(len(tokens), model.max_len, stride)
     window = next(window for window in windows if index < window.start + window.length)
     inputs = _inputs(tokens[: window.start + window.length])[None, window.start :]  # (1, T)
-    features = model.features(inputs.to(model.output_projection.weight.device))[0, index - window.start]
-    return model.output_projection(features).float().cpu()
+    hidden_states = model.hidden_states(inputs.to(model.output_projection.weight.device))[0, index - window.start]
+    return model.output_projection(hidden_states).float().cpu()
 
 
 def summarize(losses: Tensor, text_bytes: int) -> dict[str, float]:
@@ -81,7 +78,7 @@ def summarize(losses: Tensor, text_bytes: int) -> dict[str, float]:
     """
     loss = losses.double().mean().item()
     if not math.isfinite(loss):
-        raise UserError("the model's weights are ruined: the loss is not finite")
+        raise UserError("the model's weights are broken: the loss is not finite")
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
@@ -94,6 +91,11 @@ def summarize(losses: Tensor, text_bytes: int) -> dict[str, float]:
 def format_summary(summary: dict[str, float]) -> str:
     """Return the figures of `summarize` as evaluate and infer print them."""
     return "loss {loss:.4f}, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits per byte".format_map(summary)
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the mean loss in nats; infinite where that is more than a float holds."""
+    return torch.tensor(loss, dtype=torch.float64).exp().item()
 
 
 def _inputs(tokens: Tokens) -> Tensor:

@@ -4,7 +4,7 @@ Shapes: V vocabulary, or what a filter before has left of it; N tokens of a text
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from gpt2.config import SamplingParams
 from gpt2.core.errors import UserError
 
 GREEDY_BELOW = 1e-6  # a temperature that float32 cannot divide by is as good as 0
-LIKELIEST = 1024  # tokens, which mostly hold top_p; sorting the whole vocabulary costs as much as a token's products
+MOST_LIKELY = 1024  # tokens, which mostly hold top_p; sorting the whole vocabulary costs as much as a token's matmuls
 
 
 def penalize(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
@@ -27,7 +27,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     if p == 1:
         return logits
     probabilities = logits.softmax(-1)
-    best, order = probabilities.topk(min(LIKELIEST, len(logits)))
+    best, order = probabilities.topk(min(MOST_LIKELY, len(logits)))
     if best.sum() < p:
         best, order = probabilities.sort(descending=True)
     kept = order[best.cumsum(-1) - best < p]  # what stands before does not hold p
@@ -35,22 +35,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Return logits (V,) with all at -inf that are below p times as likely as the likeliest (Nguyen et al. 2025)."""
+    """Return logits (V,) with all at -inf that are below p times as likely as the most likely (Nguyen et al. 2025)."""
     return logits.masked_fill(logits < logits.max() + math.log(p), -torch.inf)
-
-
-def logits_wanted(texts: Iterable[tuple[SamplingParams, int]]) -> int | None:
-    """Return how many of the largest logits `draw` needs at most by any of these settings for a text of so many tokens.
-
-    None means all.
-    """
-    most = 0
-    for setting, length in texts:
-        count = _top_k(setting)
-        if count is None or setting.repetition_penalty < 1:
-            return None
-        most = max(most, count if setting.repetition_penalty == 1 else count + length)  # the text's may fall behind
-    return most
 
 
 def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator, text: Sequence[int]) -> int:
@@ -67,7 +53,7 @@ def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator, te
         logits, tokens = logits.topk(min(count, len(logits)))
     largest = logits.max()
     if not largest.isfinite():
-        raise UserError(f"the model's weights are ruined: a logit is {largest.item()}")
+        raise UserError(f"the model's weights are broken: a logit is {largest.item()}")
     if tokens is not None and len(tokens) == 1:
         return int(tokens)
     logits = (logits - largest) / setting.temperature

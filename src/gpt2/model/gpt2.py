@@ -3,17 +3,11 @@
 Shapes: B batch, T positions, C d_model, H n_heads, D head size (C / H), F d_ff, V vocab_size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-
-from gpt2.training.attention import causal_attention
-from gpt2.training.dropout import Dropout
 
 GELU_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -37,12 +31,14 @@ class MultiHeadAttention(nn.Module):
         self.w_k = nn.Linear(d_model, d_model, bias=qkv_bias)
         self.w_v = nn.Linear(d_model, d_model, bias=qkv_bias)
         self.w_o = nn.Linear(d_model, d_model)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.scaled_dot_product_attention: Callable[..., Tensor] = F.scaled_dot_product_attention  # replaceable
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C); position t sees positions 0 to t."""
         q, k, v = (self._split_heads(projection(x)) for projection in (self.w_q, self.w_k, self.w_v))
-        heads = causal_attention(q, k, v, self.dropout.p if self.training else 0.0)  # (B, H, T, D)
+        dropout = self.dropout.p if self.training else 0.0
+        heads = self.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, D)
         return self.w_o(heads.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -57,7 +53,7 @@ class PositionwiseFeedForward(nn.Module):
         self.approximation = GELU_APPROXIMATION[activation]
         self.linear1 = nn.Linear(d_model, d_ff)
         self.linear2 = nn.Linear(d_ff, d_model)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C), through (B, T, F)."""
@@ -73,12 +69,18 @@ class TransformerBlock(nn.Module):
         self.feed_forward = PositionwiseFeedForward(d_model, d_ff, dropout, activation)
         self.layer_norm1 = LayerNorm(d_model)
         self.layer_norm2 = LayerNorm(d_model)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
         x = x + self.dropout(self.attention(self.layer_norm1(x)))
         return x + self.feed_forward(self.layer_norm2(x))
+
+
+def cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy () in nats of targets (B, T), given (B, T, C) and the output projection (V, C)."""
+    logits = F.linear(hidden_states, weight)  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class GPT2Model(nn.Module):
@@ -113,7 +115,8 @@ class GPT2Model(nn.Module):
         )
         self.layer_norm = LayerNorm(d_model)
         self.output_projection = nn.Linear(d_model, vocab_size, bias=False)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy  # replaceable
         self.apply(self._initialize)
         if tie_weights:
             self.output_projection.weight = self.token_embedding.weight
@@ -125,12 +128,18 @@ class GPT2Model(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map token ids (B, T) to the logits of each next token (B, T, V). Raises ValueError if T > max_len."""
-        return self.output_projection(self.features(tokens))
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return the logits (B, T, V) of the tokens that follow token ids (B, T), or with targets (B, T) the loss ().
 
-    def features(self, tokens: Tensor) -> Tensor:
-        """Map token ids (B, T) to what the output projection reads (B, T, C). Raises ValueError if T > max_len."""
+        Raises ValueError if T > max_len.
+        """
+        hidden_states = self.hidden_states(tokens)
+        if targets is None:
+            return self.output_projection(hidden_states)
+        return self.loss(hidden_states, self.output_projection.weight, targets)
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Map token ids (B, T) to the last layer's hidden states (B, T, C). Raises ValueError if T > max_len."""
         length = tokens.shape[1]
         if length > self.max_len:
             raise ValueError(f"{length} positions do not fit the context of {self.max_len}")
@@ -143,19 +152,3 @@ class GPT2Model(nn.Module):
     def count_parameters(self) -> int:
         """The number of trained weights; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """Let the block build models whose weights, on the meta device, have shapes but no values and take no memory."""
-    with torch.device("meta"), _NoInitialization():
-        yield
-
-
-class _NoInitialization(TorchFunctionMode):
-    """Passes over torch.nn.init: to draw weights on the meta device takes longer than to import PyTorch."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return None
-        return function(*args, **(kwargs or {}))

@@ -2,19 +2,25 @@
 
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gpt2.config import ModelConfig, TrainParams, check
 from gpt2.core.errors import UserError
 from gpt2.core.files import read_json, replacing, sha256_of, write_json
-from gpt2.model.gpt2 import GPT2Model, shapes_only
+from gpt2.data.batches import SeenMask, load_seen
+from gpt2.model.gpt2 import GPT2Model
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, SEEN_TOKENS = "model.safetensors", "config.json", "seen_tokens.npy"
 
 # Names of the original project's later version, and what they are called here.
 LATER_NAMES = (
@@ -24,11 +30,18 @@ LATER_NAMES = (
 )
 
 
-def save_model(model: GPT2Model, config: ModelConfig, folder: Path, trained_with: TrainParams | None = None) -> str:
+def save_model(
+    model: GPT2Model,
+    config: ModelConfig,
+    folder: Path,
+    trained_with: TrainParams | None = None,
+    seen: SeenMask | None = None,
+) -> str:
     """Write a model folder in place of the present one; return the weights' SHA-256.
 
-    Its configuration also tells the parameters that the model was trained with, if they are given. The same weights
-    give the same bytes. Tied weights are written once, as token_embedding. Raises OSError.
+    Its configuration also tells the parameters that the model was trained with, if they are given; `seen` (V,), which
+    tokens its training text has, if the others have equal rows in the output projection. The same weights give the same
+    bytes. Tied weights are written once, as token_embedding. Raises OSError.
     """
     state = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
     if config.tie_weights:
@@ -39,6 +52,8 @@ def save_model(model: GPT2Model, config: ModelConfig, folder: Path, trained_with
         digest = sha256_of(partial / WEIGHTS)
         told = {"model": config.model_dump(), "model_sha256": digest}
         write_json(partial / CONFIG, told | ({"train": trained_with.model_dump()} if trained_with else {}))
+        if seen is not None:
+            np.save(partial / SEEN_TOKENS, seen)
     return digest
 
 
@@ -51,16 +66,19 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         raise OSError(f"{path} cannot be written: {error}") from None
 
 
-def load_model(path: Path) -> tuple[GPT2Model, ModelConfig]:
-    """Return the model saved at `path`, ready to generate on the CPU, and its configuration.
+def load_model(path: Path) -> tuple[GPT2Model, ModelConfig, SeenMask | None]:
+    """Return the model saved at `path`, ready to generate on the CPU, its configuration, and what `seen` tells.
 
     `path` is a model folder, its .safetensors file, or a checkpoint (.pt, .pth) of the original project. Raises
     UserError if it is missing, broken, of another shape than its configuration, or its SHA-256 is not the recorded.
     """
+    seen = None
     if path.suffix in (".pt", ".pth"):
         config, state = _read_original_checkpoint(path)
     else:
         config, state = _read_model_folder(path)
+        seen_path = (path if path.is_dir() else path.parent) / SEEN_TOKENS
+        seen = load_seen(seen_path, config.vocab_size) if seen_path.exists() else None
     if config.tie_weights and "token_embedding.weight" in state:
         state["output_projection.weight"] = state["token_embedding.weight"]
     try:
@@ -72,7 +90,7 @@ def load_model(path: Path) -> tuple[GPT2Model, ModelConfig]:
         raise UserError(f"{path} does not hold the weights of its configuration: {error}") from None
     if config.tie_weights:
         model.output_projection.weight = model.token_embedding.weight
-    return model.eval(), config
+    return model.eval(), config, seen
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str]:
@@ -126,3 +144,19 @@ def _present_name(name: str) -> str:
     for pattern, present in LATER_NAMES:
         name = re.sub(pattern, present, name)
     return name
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Let the block build models whose weights, on the meta device, have shapes but no values and take no memory."""
+    with torch.device("meta"), _NoInitialization():
+        yield
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Skips torch.nn.init: drawing weights on the meta device takes as long as importing PyTorch."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))

@@ -21,11 +21,11 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from gpt2.core.errors import UserError
 from gpt2.core.files import exclusive, replacing
 from gpt2.core.paths import main_root
+from gpt2.evaluation.perplexity import perplexity
 from gpt2.generation.engine import GenerationSettings
 from gpt2.model.weights import WEIGHTS, load_model, read_config
 from gpt2.tracking import runs as tracking
 from gpt2.tracking.runs import COMMIT, ENVIRONMENT, MODEL_SHA256, store_lock
-from gpt2.training.loss import perplexity
 
 TEST_LOSS, TEST_SHA256, TEST_STRIDE = "gpt2.test_loss", "gpt2.test_sha256", "gpt2.test_stride"
 FOLDER = "model"  # of the weights, among a registered model's artifacts

@@ -1,17 +1,17 @@
-"""Initial weights from the training text's bigrams.
+"""Initial weights from the training text's bigrams, which save a small training most of its steps.
 
-The matrix of each pair's surprise, its log probability ratio to Kneser-Ney's back-off (Kneser & Ney 1995), is factored
-as word embeddings factor pointwise mutual information (Levy & Goldberg 2014): one factor becomes the token embedding,
-the other the output projection. Both are then fitted to Kneser-Ney's probabilities, so that a row of logits learns from
-all successors of a token, not from one place in the text. The first block's heads look one, two, three ... tokens back
-(previous_token_heads.py). All else in the blocks adds nothing to the residual stream yet (Zhang et al. 2019, "Fixup").
+Token embedding and output projection factor the pairs' log probability ratios, as word embeddings factor pointwise
+mutual information (Levy & Goldberg 2014), and are then fitted to Kneser-Ney's probabilities (Kneser & Ney 1995). The
+first block's heads look one, two, three ... tokens back; what they add is one step of Newton's method from the bigram
+model, with the curvature factored in two as in K-FAC (Martens & Grosse 2015). All else in the blocks adds nothing yet
+(Zhang et al. 2019, "Fixup").
 
-Shapes: N tokens of the text, M different ones among them, P different pairs, K rank, S tokens of a step of the fit,
-L dimensions for positions, C d_model, V vocabulary.
+Shapes: N tokens of the text, M different ones, P different pairs, K rank, S tokens of a step of the fit, C d_model,
+L dimensions for positions, T positions, H heads that add something, D head size, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,131 +20,118 @@ from torch import Tensor
 
 from gpt2.data.batches import Tokens
 from gpt2.model.gpt2 import GPT2Model, TransformerBlock
-from gpt2.training.previous_token_heads import (
-    add_what_is_seen,
-    count_pairs,
-    look_back,
-    position_waves,
-    sparse_matrix,
-    with_ridge,
-)
 
 COUNTED_TOKENS = 50_000_000  # sorting the pairs takes some 50 bytes for each
 DISCOUNT = 0.75  # of each count, in favour of pairs that never occurred
-UNSEEN = 0.1  # the count of a token that never occurs
+UNSEEN_COUNT = 0.1  # of a token that never occurs
 LEAST_SQUARES_POWER = 0.75  # of a token's count, as its weight
-RIDGE = 1e-3
+FACTOR_RIDGE, OUTPUT_RIDGE, EMBEDDING_RIDGE = 1e-3, 1.0, 0.3  # of the mean variance, added to each
 FIT_STEPS, FIT_TOKENS = 60, 1024
 BEFORE_RATE, AFTER_RATE, WARMUP_STEPS = 0.01, 0.1, 5  # of Adam's; the rates fall to zero
-POSITION_SHARE = 6  # one dimension in so many is for positions
-SPARED = 2  # dimensions: the mean's, which layer norm takes away, and the unigrams'
+POSITION_FRACTION = 6  # one dimension in so many is for positions
+RESERVED = 2  # dimensions: the mean's, which layer norm takes away, and the unigrams'
+MOST_HEADS = 6  # tokens farther back tell little, and the covariance grows with the square of the heads
 
 
 @torch.no_grad()
-def start_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
+def initialize_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
     """Initialize a model on any device from a text's tokens (N,), at most the first COUNTED_TOKENS.
 
     C must be 3 or more, and the weights not tied. Computes on a CUDA device if the model is there, else on the CPU, and
     draws from PyTorch's generator.
     """
     device = model.output_projection.weight.device
-    computed_on = device if device.type == "cuda" else torch.device("cpu")
-    with computed_on:
-        _start_from_bigrams(model, torch.tensor(tokens[:COUNTED_TOKENS].astype(np.int64)))
+    with device if device.type == "cuda" else torch.device("cpu"):
+        _initialize(model, torch.tensor(tokens[:COUNTED_TOKENS].astype(np.int64)))
 
 
-def _start_from_bigrams(model: GPT2Model, tokens: Tensor) -> None:
+def _initialize(model: GPT2Model, tokens: Tensor) -> None:
     vocab_size, width = model.output_projection.weight.shape
     seen, text = torch.unique(tokens, return_inverse=True)
-    bigrams = count_bigrams(text, len(seen))
     blocks = [block for block in model.transformer_blocks if isinstance(block, TransformerBlock)]
     head_size = width // blocks[0].attention.n_heads
-    position_dims = min(width // POSITION_SHARE, head_size) // 2 * 2  # L
-    rank = min(width - SPARED - position_dims, len(seen))
+    position_dims = min(width // POSITION_FRACTION, head_size) // 2 * 2  # L
+    rank = min(width - RESERVED - position_dims, len(seen))  # K
+    bigrams = count_bigrams(text, len(seen))
     before, after, seen_log_counts = _fit(bigrams, *_factors(bigrams, rank))
-    log_counts = torch.full((vocab_size,), math.log(UNSEEN))
-    log_counts[seen] = seen_log_counts
+    log_counts = torch.full((vocab_size,), math.log(UNSEEN_COUNT)).index_copy(0, seen, seen_log_counts)
 
     # An orthonormal basis of the residual stream, whose first direction is the mean's.
     basis = torch.linalg.qr(torch.cat([torch.ones(width, 1), torch.randn(width, width - 1)], 1)).Q.T  # (C, C)
-    unigram_axis, position_axes = basis[1], basis[SPARED:][:position_dims]
-    token_axes = basis[SPARED + position_dims :][:rank]
-    token_size = math.sqrt(width - position_dims)  # with a position's the length that layer norm gives, sqrt(C)
-    embedding = F.normalize(torch.randn(vocab_size, rank), dim=1)
-    embedding[seen] = before
-    embedding = token_size * embedding @ token_axes
-    model.token_embedding.weight.copy_(embedding)
+    unigram_axis, position_axes = basis[1], basis[RESERVED:][:position_dims]
+    token_axes = basis[RESERVED + position_dims :][:rank]
+    token_norm = math.sqrt(width - position_dims)  # with a position's the norm that layer norm gives, sqrt(C)
+    embedding = F.normalize(torch.randn(vocab_size, rank), dim=1).index_copy(0, seen, before)
+    embedding = token_norm * embedding @ token_axes
     projection = log_counts.sub(log_counts.mean())[:, None] * unigram_axis / math.sqrt(width)
-    projection[seen] += after @ token_axes / token_size
-    model.output_projection.weight.copy_(projection)
+    projection[seen] += after @ token_axes / token_norm
     bias = unigram_axis * math.sqrt(width)
+
+    model.token_embedding.weight.copy_(embedding)
+    model.output_projection.weight.copy_(projection)
     model.layer_norm.bias.copy_(bias)
     for block in blocks:
         block.attention.w_o.weight.zero_()
         block.feed_forward.linear2.weight.zero_()
     if position_dims:
-        model.position_embedding.weight.copy_(position_waves(position_dims, model.max_len) @ position_axes)
-        look_back(blocks[0].attention, position_axes, model.max_len)
-        add_what_is_seen(blocks[0], text, embedding[seen], bias, projection[seen])
+        positions = _look_back(blocks[0], position_axes, model.max_len)
+        model.position_embedding.weight.copy_(positions)
+        _add_newton_step(blocks[0], text, embedding[seen], bias, projection[seen])
 
 
-@dataclass(frozen=True)
-class Bigrams:
-    """What follows what in a text, its pairs ordered by their first token.
+class Bigrams(NamedTuple):
+    """Pairs of a text, ordered by their first token, with Kneser-Ney's probabilities:
 
-    Kneser-Ney's p(second | first) = probability + backoff[first] * continuation_probability[second].
+    p(second | first) = probability + backoff[first] * continuation[second].
     """
 
     first: Tensor  # (P,)
     second: Tensor  # (P,)
-    probabilities: Tensor  # (P,), what the pair's own count gives
+    probability: Tensor  # (P,)
     counts: Tensor  # (M,), how often a token is followed by any
-    continuation_counts: Tensor  # (M,), how many different tokens go before a token
     backoff: Tensor  # (M,)
+    continuation_counts: Tensor  # (M,), how many different tokens go before a token
 
     @property
-    def continuation_probabilities(self) -> Tensor:
-        """Kneser-Ney's lower-order probabilities (M,): each token's share of the different pairs."""
+    def continuation(self) -> Tensor:
         return self.continuation_counts / self.continuation_counts.sum()
 
     def after(self, tokens: Tensor) -> Tensor:
         """Return the probabilities (S, M) of all that may follow tokens (S,)."""
-        found = self.backoff[tokens, None] * self.continuation_probabilities  # (S, M)
+        rows = self.backoff[tokens, None] * self.continuation  # (S, M)
         starts, ends = (torch.searchsorted(self.first, tokens, right=right).tolist() for right in (False, True))
-        for row, start, end in zip(found, starts, ends, strict=True):
-            row[self.second[start:end]] += self.probabilities[start:end]
-        return found
+        for row, start, end in zip(rows, starts, ends, strict=True):
+            row[self.second[start:end]] += self.probability[start:end]
+        return rows
 
 
 def count_bigrams(text: Tensor, different: int) -> Bigrams:
     """Count the pairs of a text (N,) of ids below `different`, M."""
-    first, second, pair_counts = count_pairs(text[:-1], text[1:], different)  # (P,)
+    first, second, pair_counts = _count_pairs(text[:-1], text[1:], different)  # (P,)
     counts = torch.bincount(text[:-1], minlength=different).float().clamp(min=1)
-    continuation_counts = torch.bincount(second, minlength=different).float().clamp(min=UNSEEN)
+    continuation_counts = torch.bincount(second, minlength=different).float().clamp(min=UNSEEN_COUNT)
     backoff = DISCOUNT * torch.bincount(first, minlength=different) / counts
-    return Bigrams(first, second, (pair_counts - DISCOUNT) / counts[first], counts, continuation_counts, backoff)
+    return Bigrams(first, second, (pair_counts - DISCOUNT) / counts[first], counts, backoff, continuation_counts)
 
 
 def _factors(bigrams: Bigrams, rank: int) -> tuple[Tensor, Tensor]:
-    """Return factors (M, K) and (M, K) whose products approximate the pairs' surprise.
+    """Return factors (M, K) and (M, K) of the pairs' log probability ratios to the back-off.
 
-    Rows of the first have length 1, since layer norm takes their length away; the second is fitted to them.
+    Rows of the first have norm 1, since layer norm takes their norm away; the second is fitted to them.
     """
     first, second, counts = bigrams.first, bigrams.second, bigrams.counts
-    without_pair = bigrams.backoff[first] * bigrams.continuation_probabilities[second]
-    surprise = torch.log1p(bigrams.probabilities / without_pair)  # (P,)
-    scaled = sparse_matrix(first, second, surprise * counts.sqrt()[first], len(counts))
-    left, singular_values, _ = torch.svd_lowrank(scaled, q=rank)
+    ratio = torch.log1p(bigrams.probability / (bigrams.backoff[first] * bigrams.continuation[second]))  # (P,)
+    left, singular_values, _ = torch.svd_lowrank(_sparse(first, second, ratio * counts.sqrt()[first], counts), q=rank)
     before = F.normalize(left * singular_values.sqrt(), dim=1)
     weights = counts**LEAST_SQUARES_POWER
-    gram = with_ridge(before.T @ (before * weights[:, None]), RIDGE)  # (K, K)
-    moments = sparse_matrix(second, first, surprise * weights[first], len(counts)) @ before  # (M, K)
+    gram = _with_ridge(before.T @ (before * weights[:, None]), FACTOR_RIDGE)  # (K, K)
+    moments = _sparse(second, first, ratio * weights[first], counts) @ before  # (M, K)
     return before, torch.linalg.solve(gram, moments.T).T
 
 
 @torch.enable_grad()
 def _fit(bigrams: Bigrams, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return factors (M, K), (M, K) and log counts (M,) fitted to the bigrams, from first factors."""
+    """Return factors (M, K), (M, K) and log counts (M,) fitted to Kneser-Ney's probabilities, from first factors."""
     before, after, bias = (x.clone().requires_grad_() for x in (before, after, bigrams.continuation_counts.log()))
     groups = [{"params": [before, bias], "rate": BEFORE_RATE}, {"params": [after], "rate": AFTER_RATE}]
     optimizer = torch.optim.Adam(groups, fused=True)
@@ -157,3 +144,104 @@ def _fit(bigrams: Bigrams, before: Tensor, after: Tensor) -> tuple[Tensor, Tenso
         optimizer.step()
         optimizer.zero_grad()
     return F.normalize(before.detach(), dim=1), after.detach(), bias.detach()
+
+
+def _look_back(block: TransformerBlock, position_axes: Tensor, max_len: int) -> Tensor:
+    """Let head h attend to the token h + 1 places back; return the position embedding (T, C).
+
+    Positions are waves along position_axes (L, C) (Vaswani et al. 2017, section 3.5), of mean square 1; a head's
+    queries are the waves turned back so far.
+    """
+    attention, dims = block.attention, len(position_axes)
+    # (L / 2,) a position, from half a turn over the whole context to nearly half a turn
+    angles = torch.logspace(math.log10(math.pi / max_len), math.log10(0.9 * math.pi), dims // 2)
+    queries, keys = (x.weight.zero_().unflatten(0, (attention.n_heads, -1)) for x in (attention.w_q, attention.w_k))
+    for head in range(attention.n_heads):
+        cosine, sine = ((head + 1) * angles).cos().diag(), ((head + 1) * angles).sin().diag()
+        turn = torch.cat([torch.cat([cosine, sine], 1), torch.cat([-sine, cosine], 1)])  # (L, L)
+        queries[head, :dims], keys[head, :dims] = turn @ position_axes, position_axes
+    waves = torch.arange(max_len)[:, None] * angles
+    return math.sqrt(2) * torch.cat([waves.cos(), waves.sin()], 1) @ position_axes
+
+
+def _add_newton_step(
+    block: TransformerBlock, text: Tensor, embedding: Tensor, bias: Tensor, output_rows: Tensor
+) -> None:
+    """Let the heads add to the residual stream what the tokens that they see tell of the next one.
+
+    So far the logits (M, M) are (embedding + bias) @ output_rows.T, of embedding and output_rows (M, C), bias (C,). The
+    step is the loss's gradient by a matrix from the embeddings seen to the residual stream, times the inverse
+    covariances of the output rows, as the model draws them, and of the embeddings. Each head keeps rank D of it.
+    """
+    width, heads = embedding.shape[1], min(block.attention.n_heads, MOST_HEADS)
+    frequencies = torch.bincount(text, minlength=len(embedding)) / len(text)  # (M,)
+    mean = frequencies @ embedding  # (C,)
+    expected, output_covariance = _expected_rows(embedding + bias, output_rows, frequencies)
+    gradient, covariance = _moments(text, embedding - mean, expected, output_rows, heads)
+    output_covariance = _with_ridge(output_covariance, OUTPUT_RIDGE)  # (C, C)
+    covariance = _with_ridge(covariance, EMBEDDING_RIDGE)  # (H * C, H * C)
+    step = torch.linalg.solve(output_covariance, torch.linalg.solve(covariance, gradient, left=False))  # (C, H * C)
+    output_root, embedding_root = _square_root(output_covariance), _square_root(covariance[:width, :width])
+    outs = block.attention.w_o.weight.unflatten(1, (block.attention.n_heads, -1))  # (C, n_heads, D)
+    values = block.attention.w_v.weight.unflatten(0, (block.attention.n_heads, -1))  # (n_heads, D, C)
+    for head, matrix in enumerate(step.split(width, 1)):
+        left, gains, right = torch.linalg.svd(output_root @ matrix @ embedding_root)
+        rank = outs.shape[2]  # D
+        scale = gains[:rank].sqrt()
+        outs[:, head] = torch.linalg.solve(output_root, left[:, :rank] * scale)
+        values[head] = torch.linalg.solve(embedding_root, scale[:, None] * right[:rank], left=False)
+    block.layer_norm1.bias.copy_(-mean)
+
+
+def _expected_rows(hidden_states: Tensor, output_rows: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean output row (M, C) after each token, and the rows' covariance (C, C) about it over a text."""
+    expected, drawn = torch.empty_like(hidden_states), torch.zeros_like(frequencies)
+    for chunk in torch.arange(len(hidden_states)).split(FIT_TOKENS):
+        probabilities = (hidden_states[chunk] @ output_rows.T).softmax(-1)  # (S, M)
+        expected[chunk] = probabilities @ output_rows
+        drawn += frequencies[chunk] @ probabilities
+    second_moment = output_rows.T @ (output_rows * drawn[:, None])
+    return expected, second_moment - expected.T @ (expected * frequencies[:, None])
+
+
+def _moments(
+    text: Tensor, embedding: Tensor, expected: Tensor, output_rows: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient (C, H * C) of the likelihood, and the covariance (H * C, H * C) of what H heads see.
+
+    The text's end is taken to go before its beginning, so that all are means over N positions.
+    """
+
+    def seen(back: int) -> Tensor:
+        """Return each token's fraction of the text times the mean embedding of the token so far back: (M, C)."""
+        tokens, earlier, counts = _count_pairs(text, text.roll(back), len(embedding))
+        return _sparse(tokens, earlier, (counts / len(text)).to(embedding), embedding) @ embedding
+
+    means = [seen(back) for back in range(heads + 2)]
+    gradient = [output_rows.T @ means[head + 2] - expected.T @ means[head + 1] for head in range(heads)]
+    lags = [embedding.T @ means[lag] for lag in range(heads)]  # (C, C) of a token and one `lag` before it
+    covariance = [[lags[k - h] if k >= h else lags[h - k].T for k in range(heads)] for h in range(heads)]
+    return torch.cat(gradient, 1), torch.cat([torch.cat(row, 1) for row in covariance])
+
+
+def _count_pairs(first: Tensor, second: Tensor, different: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the different pairs (P,), (P,) of tokens (N,) and (N,), ordered by the first, and their counts (P,)."""
+    pairs, counts = torch.unique(first * different + second, return_counts=True)
+    return pairs // different, pairs % different, counts
+
+
+def _sparse(rows: Tensor, columns: Tensor, values: Tensor, like: Tensor) -> Tensor:
+    """Return a sparse square matrix of as many rows as `like` has."""
+    size = (len(like), len(like))
+    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, size, check_invariants=True).coalesce()
+
+
+def _with_ridge(matrix: Tensor, ridge: float) -> Tensor:
+    """Return a covariance with that fraction of its mean variance added to each variance, for a stable inverse."""
+    return matrix + ridge * matrix.diagonal().mean().clamp(min=1e-6) * torch.eye(len(matrix))
+
+
+def _square_root(matrix: Tensor) -> Tensor:
+    """Return the symmetric root of a positive definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.sqrt()) @ vectors.T

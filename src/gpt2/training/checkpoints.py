@@ -1,6 +1,6 @@
-"""What a training needs to go on after it was stopped or killed: its last states, kept apart from its results.
+"""Checkpoints: what a training that was stopped or killed resumes from, kept apart from its results.
 
-A state is one safetensors file: the model, the optimizers, and notes in JSON. Its name tells its step and SHA-256.
+A checkpoint is one safetensors file: the model, the optimizers, and notes in JSON. Its name tells its step and SHA-256.
 """
 
 import json
@@ -25,14 +25,14 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 
 class Checkpoints:
-    """The states of one training, in a folder that nothing else uses."""
+    """The checkpoints of one training, in a folder that nothing else uses."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold these states alone; says so and waits while another process does. Raises OSError."""
+        """Hold these checkpoints alone; says so and waits while another process does. Raises OSError."""
         with exclusive(self._lock, f"another process runs this very training ({self.folder.name[:12]})"):
             self.folder.mkdir(exist_ok=True)
             for unfinished in set(self.folder.iterdir()) - set(self._files()):
@@ -40,9 +40,9 @@ class Checkpoints:
             yield
 
     def save(self, step: int, model: nn.Module, optimizers: Optimizers, notes: dict[str, Any]) -> None:
-        """Keep the state after `step` steps, with notes that JSON can hold, and drop all but the last two.
+        """Write the checkpoint after `step` steps, with notes that JSON can hold, and delete all but the last two.
 
-        Raises OSError; the states before are intact then.
+        Raises OSError; the checkpoints before are intact then.
         """
         written = self.folder / "partial"
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model, optimizers).items()}
@@ -51,12 +51,12 @@ class Checkpoints:
             publish(written, self.folder / f"{step:010}-{sha256_of(written)}.safetensors")
         except OSError as error:
             delete(written)
-            raise OSError(f"the state of step {step} cannot be saved ({error}); {self.last()}") from None
+            raise OSError(f"the checkpoint of step {step} cannot be saved ({error}); {self.last()}") from None
         for old in self._files()[KEPT:]:
             delete(old)
 
     def restore(self, model: nn.Module, optimizers: Optimizers) -> tuple[int, dict[str, Any]] | None:
-        """Load the newest whole state; return its step and notes, or None if there is none.
+        """Load the newest whole checkpoint; return its step and notes, or None if there is none.
 
         Damaged ones are deleted, with a warning, so that they do not take the place of good ones among those kept.
         """
@@ -66,19 +66,19 @@ class Checkpoints:
                 _load(path, model, optimizers)
                 with safe_open(path, framework="pt") as file:
                     return int(step), json.loads(file.metadata()[NOTES])
-            print(f"warning: {path} is damaged; it is passed over and deleted", file=sys.stderr, flush=True)
+            print(f"warning: {path} is damaged; it is skipped and deleted", file=sys.stderr, flush=True)
             delete(path)
         return None
 
     def last(self) -> str:
-        """Say where the last state is."""
+        """Say where the last checkpoint is."""
         files = self._files()
         if not files:
-            return "no state has been saved yet"
-        return f"the last good state is that of step {int(files[0].stem.split('-')[0])}, in {self.folder}"
+            return "no checkpoint has been saved yet"
+        return f"the last good checkpoint is that of step {int(files[0].stem.split('-')[0])}, in {self.folder}"
 
     def remove(self) -> None:
-        """Delete all states, unless another process uses them."""
+        """Delete all checkpoints, unless another process uses them."""
         with suppress(Timeout), FileLock(self._lock, blocking=False):
             delete(self.folder)
             self._lock.unlink(missing_ok=True)
@@ -88,36 +88,36 @@ class Checkpoints:
         return self.folder.with_name(f"{self.folder.name}.lock")
 
     def _files(self) -> list[Path]:
-        """All states, the newest first."""
+        """All checkpoints, the newest first."""
         return sorted(self.folder.glob("*-*.safetensors"), reverse=True)
 
 
 def _tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Return all tensors that a step changes, tied weights once."""
-    named: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
-    for i, optimizer in enumerate(optimizers):
-        for j, state in optimizer.state_dict()["state"].items():
-            named |= {f"optimizer.{i}.{j}.{key}": tensor for key, tensor in state.items()}
+    """Return all tensors that a step changes by the names of their parameters, tied weights once."""
+    named: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        named[f"model/{name}"] = parameter
+        for optimizer in optimizers:
+            for key, tensor in optimizer.state.get(parameter, {}).items():
+                named[f"optimizer/{name}/{key}"] = tensor
     return named
 
 
 def _load(path: Path, model: nn.Module, optimizers: Optimizers) -> None:
     """Load a tensor at a time, so that this takes less memory than training."""
     parameters = dict(model.named_parameters())
-    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    owners = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
     for name in names:
         with safe_open(path, framework="pt") as file:  # anew, since a mapped file counts as memory until it is closed
             tensor = file.get_tensor(name).clone()
-        kind, rest = name.split(".", 1)
+        kind, parameter_name, *key = name.split("/")
+        parameter = parameters[parameter_name]
         if kind == "model":
-            parameters[rest].data.copy_(tensor)
+            parameter.data.copy_(tensor)
         else:
-            i, j, key = rest.split(".")
-            states[int(i)].setdefault(int(j), {})[key] = tensor
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            owners[id(parameter)].state[parameter][key[0]] = tensor.to(parameter.device)
 
 
 def _is_whole(path: Path, digest: str) -> bool:

@@ -8,10 +8,10 @@ from torch import Tensor
 Function = Callable[..., tuple[Tensor, ...]]
 
 
-def record(function: Function, *inputs: Tensor) -> Function:
-    """Record a function, which may not wait for the device, of inputs on a CUDA device, which are overwritten.
+def capture(function: Function, *inputs: Tensor) -> Function:
+    """Capture a function, which may not wait for the device, of inputs on a CUDA device, which are overwritten.
 
-    The recorded one takes tensors on the CPU, of these inputs' shapes or of fewer rows; the other rows then stay what
+    The captured one takes tensors on the CPU, of these inputs' shapes or of fewer rows; the other rows then stay what
     they were, and the outputs still have all rows. The outputs are copies; what the function writes elsewhere, e.g.
     gradients, lies in the same place each time. Random numbers are drawn anew.
     """
@@ -19,7 +19,7 @@ def record(function: Function, *inputs: Tensor) -> Function:
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        function(*inputs)  # loads what must not be loaded while recording
+        function(*inputs)  # loads what must not be loaded while capturing
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):

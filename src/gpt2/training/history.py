@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpt2.core.files import write_text
 
-CURVES = ("train/loss", "train/learning_rate", "train/tokens_per_second", "val/loss")
+CURVES = ("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_per_second", "val/loss")
 Points = list[tuple[int, float]]
 History = list[tuple[int, dict[str, float]]]  # step and metrics
 LogMetrics = Callable[[int, dict[str, float]], None]

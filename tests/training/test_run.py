@@ -8,21 +8,22 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from gpt2.config import ModelConfig, TrainParams
+from gpt2.config import ModelConfig, RuntimeParams, TrainParams
 from gpt2.core.errors import Stopped
-from gpt2.data.batches import TrainingBatches, validation_batches
+from gpt2.data.batches import TrainingBatches
 from gpt2.model.gpt2 import GPT2Model, PositionwiseFeedForward
-from gpt2.model.seen_tokens import TextVocabulary
-from gpt2.training import trainer as training
+from gpt2.model.seen_tokens import SeenTokens
 from gpt2.training.checkpoints import Checkpoints
-from gpt2.training.trainer import Meter, accumulate_gradients, build_model, mean_loss, train
+from gpt2.training.run import build_model, initialize, run_training, use_fused_parts
+from gpt2.training.trainer import Trainer
+from gpt2.training.training_log import TrainingLog
 
 ErrorLine = Callable[[Callable[[], object]], str]
 MakeModel = Callable[..., GPT2Model]
@@ -30,6 +31,7 @@ MakeTrainParams = Callable[..., TrainParams]
 History = list[tuple[int, dict[str, float]]]
 CPU = torch.device("cpu")
 TOKENS = (np.arange(400) * 7 % 53).astype(np.uint16)  # each token tells the next; of 61, 8 never occur
+SEEN = np.arange(61) < 53
 
 
 @pytest.fixture
@@ -37,14 +39,19 @@ def run(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Pat
     """Train a tiny model; return it, its metrics and what was logged. Without `checkpoints` it starts anew."""
 
     def run(
-        model: GPT2Model | None = None, checkpoints: Checkpoints | None = None, **changes: Any
+        model: GPT2Model | None = None,
+        checkpoints: Checkpoints | None = None,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        **changes: Any,
     ) -> tuple[GPT2Model, dict[str, float], History]:
         model = model or make_model(dropout=0.2)
         history: History = []
         params = make_train_params(**{"max_steps": 6, "warmup_steps": 2} | changes)
-        folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        checkpoints = checkpoints or Checkpoints(folder)
-        metrics, returned = train(model, TOKENS, TOKENS[:90], params, checkpoints, lambda *point: history.append(point))
+        runtime = RuntimeParams(threads=1, device="cpu", precision=precision)
+        checkpoints = checkpoints or Checkpoints(Path(tempfile.mkdtemp(dir=tmp_path)))
+        metrics, returned = run_training(
+            model, TOKENS, TOKENS[:90], SEEN, params, runtime, checkpoints, lambda *point: history.append(point)
+        )
         assert returned == history
         return model, metrics, history
 
@@ -60,7 +67,7 @@ def test_a_model_that_cannot_fit_into_memory_is_refused_at_once(
     make_config: Callable[..., ModelConfig], make_train_params: MakeTrainParams, error_line: ErrorLine
 ) -> None:
     config = make_config(d_model=2**20, n_layers=1000)
-    line = error_line(lambda: build_model(config, make_train_params()))
+    line = error_line(lambda: build_model(config, make_train_params(), CPU))
     assert "this model and batch need at least" in line
 
 
@@ -71,7 +78,7 @@ def test_loss_falls(run: Callable[..., Any], optimizer: str) -> None:
     assert metrics["train_loss"] < 2 and metrics["val_loss"] < 1
 
 
-def test_bigrams_give_a_start(run: Callable[..., Any]) -> None:
+def test_bigrams_give_a_good_start(run: Callable[..., Any]) -> None:
     first = {
         initialization: run(initialization=initialization, log_interval=1)[2][0][1]["train/loss"]
         for initialization in ("random", "bigrams")
@@ -85,9 +92,6 @@ def test_tokens_that_never_occur_stay_alike(run: Callable[..., Any], make_model:
     rows = model.output_projection.weight.detach()
     torch.testing.assert_close(rows[53:], rows[53].expand(8, -1))
     assert (rows[53] - rows[:53]).abs().amax(1).min() > 0.01
-    batch = next(iter(validation_batches(TOKENS[:90], 11, 8)))
-    found = accumulate_gradients(model.eval(), TextVocabulary.of_text(TOKENS, 61, CPU), *batch, 11)
-    assert found.item() == pytest.approx(loss_of_logits(model, *batch).item(), rel=1e-5)  # of all 61
 
 
 def test_bfloat16_trains_too_and_leaves_float32_weights(run: Callable[..., Any], make_model: MakeModel) -> None:
@@ -104,31 +108,58 @@ def loss_of_logits(model: GPT2Model, inputs: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
+@pytest.fixture
+def make_trainer(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Path) -> Callable[..., Trainer]:
+    """Build a trainer of a tiny model, with the fused parts unless told otherwise."""
+
+    def make(model: GPT2Model | None = None, fused: bool = True, **changes: Any) -> Trainer:
+        model = model or make_model(random=True)
+        seen_tokens = SeenTokens(torch.from_numpy(SEEN))
+        seen_tokens.equalize(model.output_projection.weight)
+        if fused:
+            use_fused_parts(model, seen_tokens, compiled=False)
+        params = make_train_params(**{"grad_clip": 1e9} | changes)
+        return Trainer(model, TOKENS, TOKENS[:90], params, torch.float32, Checkpoints(tmp_path))
+
+    return make
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])  # 3 leaves a smaller last one
-def test_accumulated_gradient_is_that_of_the_whole_batch(make_model: MakeModel, micro_batch_size: int) -> None:
-    batch = TrainingBatches(TOKENS, 4, 8, seed=1)(0)
-    whole, parts = make_model(random=True), make_model(random=True)
-    vocabulary = TextVocabulary.of_text(TOKENS, 61, CPU)
-    for model in (whole, parts):
-        vocabulary.make_unseen_equal(model.output_projection.weight)
+def test_accumulated_gradient_is_that_of_the_whole_batch(
+    make_trainer: Callable[..., Trainer], make_model: MakeModel, micro_batch_size: int, fused: bool
+) -> None:
+    whole, parts = make_model(random=True), make_trainer(micro_batch_size=micro_batch_size, fused=fused)
+    whole.load_state_dict(parts.model.state_dict())
+    batch = parts.batches(0)
     loss = loss_of_logits(whole, *batch)
     loss.backward()
-    total = accumulate_gradients(parts, vocabulary, *batch, micro_batch_size)
+    total, norm = parts.compute_gradients(*batch)
     torch.testing.assert_close(total, loss.detach())
-    for expected, found in zip(whole.parameters(), parts.parameters(), strict=True):
+    for expected, found in zip(whole.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        norm, torch.nn.utils.get_total_norm(one.grad for one in whole.parameters() if one.grad is not None)
+    )
 
 
-def test_mean_loss_weighs_tokens_alike_and_leaves_no_trace(make_model: MakeModel) -> None:
-    model = make_model(random=True, dropout=0.5).train()
-    vocabulary = TextVocabulary.of_text(TOKENS, 61, CPU)
-    vocabulary.make_unseen_equal(model.output_projection.weight)
+@pytest.mark.parametrize("fused", [False, True])
+def test_validation_weighs_tokens_alike_and_leaves_no_trace(
+    make_trainer: Callable[..., Trainer], make_model: MakeModel, fused: bool
+) -> None:
+    trainer = make_trainer(make_model(random=True, dropout=0.5).train(), fused=fused)
     batches = [TrainingBatches(TOKENS, size, 8, seed=1)(0) for size in (3, 1)]
     batches[1][1][0, :2] = torch.tensor([54, 60])  # which the text lacks
-    found = mean_loss(model, vocabulary, batches)
-    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    trainer.val_batches = lambda _=None: iter(batches)  # type: ignore[assignment]
+    found = trainer.validate(None)
+    assert trainer.model.training and all(parameter.grad is None for parameter in trainer.model.parameters())
     inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert found == pytest.approx(loss_of_logits(model.eval(), inputs, targets).item(), rel=1e-5)
+    assert found == pytest.approx(loss_of_logits(trainer.model.eval(), inputs, targets).item(), rel=1e-5)
+
+
+def test_fused_parts_train_as_the_model_itself_does(run: Callable[..., Any], make_model: MakeModel) -> None:
+    (_, fused, _), (_, plain, _) = (run(make_model(), fused=fused, learning_rate=0.02) for fused in (True, False))
+    assert fused["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -150,7 +181,7 @@ def test_looking_more_often_changes_no_weights(run: Callable[..., Any]) -> None:
 
 def test_metrics_are_logged_at_the_due_steps(run: Callable[..., Any]) -> None:
     _, metrics, history = run(max_steps=7, log_interval=3, eval_interval=2, learning_rate=0.1, decay_fraction=0)
-    train_names = {"train/loss", "train/learning_rate", "train/tokens_per_second"}
+    train_names = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_per_second"}
     assert [step for step, logged in history if set(logged) == train_names] == [3, 6, 7]
     assert [step for step, logged in history if set(logged) == {"val/loss"}] == [2, 4, 6, 7]
     assert len(history) == 7
@@ -168,17 +199,14 @@ def test_logged_train_loss_is_the_mean_since_the_last(run: Callable[..., Any]) -
 
 
 def test_validation_takes_some_windows_at_an_interval_and_all_at_the_end(
-    run: Callable[..., Any], make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], make_model: MakeModel
 ) -> None:
-    counts = []
-
-    def count(model: GPT2Model, vocabulary: TextVocabulary, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
-        counts.append(sum(len(inputs) for inputs, _ in batches))
-        return 1.0
-
-    monkeypatch.setattr(training, "mean_loss", count)
-    run(max_steps=4, eval_interval=2, eval_windows=5)
-    assert counts == [5, 89 // 8]
+    model, counts = make_model(), []
+    model.register_forward_hook(
+        lambda module, inputs, _: None if module.training else counts.append(len(inputs[0]))  # of sequences
+    )
+    run(model, max_steps=4, eval_interval=2, eval_windows=5)
+    assert counts == [4, 1, 4, 4, 3] and sum(counts[2:]) == 89 // 8
 
 
 def test_final_metrics_hold_what_the_contract_names(run: Callable[..., Any]) -> None:
@@ -194,7 +222,7 @@ def test_loss_that_is_not_finite_ends_training_and_is_not_saved(
     run: Callable[..., Any], make_model: MakeModel, error_line: ErrorLine, tmp_path: Path
 ) -> None:
     model, checkpoints = make_model(), Checkpoints(tmp_path)
-    ruin_step(model, 4)
+    make_nan(model, 4)
     changes = {
         "log_interval": 6,
         "checkpoint_interval": 1,
@@ -204,10 +232,10 @@ def test_loss_that_is_not_finite_ends_training_and_is_not_saved(
     }
     line = error_line(lambda: run(model, checkpoints, **changes))
     assert "the loss is nan at step 4, learning rate 0.25" in line
-    assert f"the last good state is that of step 3, in {tmp_path}" in line
+    assert f"the last good checkpoint is that of step 3, in {tmp_path}" in line
     assert saved_steps(tmp_path) == [2, 3]
     model = make_model()
-    ruin_step(model, 4)
+    make_nan(model, 4)
     assert "the loss is nan at step 4" in error_line(lambda: run(model, log_interval=6, eval_interval=5))
 
 
@@ -217,25 +245,7 @@ def test_gradient_that_is_not_finite_ends_training(
     model = make_model()
     model.layer_norm.weight.register_hook(lambda gradient: gradient * math.inf)
     line = error_line(lambda: run(model))
-    assert "the gradient's norm is" in line and "at step 1" in line and "no state has been saved yet" in line
-
-
-def test_bad_steps_are_left_out_if_they_may_be(
-    run: Callable[..., Any], make_model: MakeModel, error_line: ErrorLine, tmp_path: Path
-) -> None:
-    def ruined(*steps: int) -> GPT2Model:
-        model = make_model(dropout=0.2)
-        for step in steps:
-            ruin_step(model, step)
-        return model
-
-    _, metrics, history = run(ruined(2, 5), max_bad_steps=2, log_interval=1)
-    assert metrics["bad_steps"] == 2 and metrics["tokens"] == 4 * 4 * 8 and math.isfinite(metrics["val_loss"])
-    assert [step for step, logged in history if "train/loss" in logged] == [1, 3, 4, 6]
-    assert "the loss is nan at step 5" in error_line(lambda: run(ruined(2, 5), max_bad_steps=1))
-    checkpoints = Checkpoints(tmp_path)
-    error_line(lambda: run(ruined(2, 5), checkpoints, max_bad_steps=1, checkpoint_interval=4))
-    error_line(lambda: run(ruined(1), checkpoints, max_bad_steps=1, checkpoint_interval=4))  # the count goes on
+    assert "the gradient norm is" in line and "at step 1" in line and "no checkpoint has been saved yet" in line
 
 
 def test_perplexity_beyond_a_float_is_infinite(run: Callable[..., Any]) -> None:
@@ -243,7 +253,7 @@ def test_perplexity_beyond_a_float_is_infinite(run: Callable[..., Any]) -> None:
     assert math.isfinite(metrics["val_loss"]) and metrics["val_perplexity"] == math.inf
 
 
-def test_last_update_that_ruins_the_model_is_noticed(run: Callable[..., Any], error_line: ErrorLine) -> None:
+def test_last_update_that_makes_the_model_nan_is_noticed(run: Callable[..., Any], error_line: ErrorLine) -> None:
     assert "nan" in error_line(lambda: run(max_steps=1, learning_rate=1e38, warmup_steps=0))
 
 
@@ -253,8 +263,14 @@ def test_too_short_split_is_refused(
     def train_on(train_count: int, val_count: int) -> None:
         model = make_model()
         model.layer_norm.register_forward_pre_hook(lambda *_: pytest.fail("a step was done"))
-        params, checkpoints = make_train_params(max_steps=1), Checkpoints(tmp_path)
-        train(model, TOKENS[:train_count], TOKENS[:val_count], params, checkpoints, lambda *_: None)
+        Trainer(
+            model,
+            TOKENS[:train_count],
+            TOKENS[:val_count],
+            make_train_params(max_steps=1),
+            torch.float32,
+            Checkpoints(tmp_path),
+        )
 
     assert "the train split has 15 tokens" in error_line(lambda: train_on(15, 90))
     assert "the val split has 8 tokens" in error_line(lambda: train_on(90, 8))
@@ -290,51 +306,68 @@ def test_gradients_are_clipped(run: Callable[..., Any], monkeypatch: pytest.Monk
     assert norms == pytest.approx([0.01] * 6, rel=1e-3)
 
 
-def test_tokens_per_second_leave_out_the_start_and_validation(
+def test_tokens_per_second_skip_the_initialization_and_validation(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, accumulate = [0.0], training.accumulate_gradients
+    now = [0.0]
 
-    def take(seconds: float, result: Any) -> Any:
-        now[0] += seconds
-        return result
+    def take(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*arguments: Any) -> Any:
+            now[0] += seconds
+            return function(*arguments)
+
+        return slow
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    monkeypatch.setattr(training, "accumulate_gradients", lambda *args: take(1, accumulate(*args)))
-    monkeypatch.setattr(training, "mean_loss", lambda *_: take(100, 1.0))
-    monkeypatch.setattr(training, "start_from_bigrams", lambda *_: take(100, None))
-    _, metrics, history = run(log_interval=2, eval_interval=1, initialization="bigrams")
+    monkeypatch.setattr(Trainer, "compute_gradients", take(1, Trainer.compute_gradients))
+    monkeypatch.setattr(Trainer, "validate", take(100, Trainer.validate))
+    monkeypatch.setattr("gpt2.training.run.initialize", take(100, initialize))
+    _, metrics, history = run(log_interval=2, eval_interval=1)
     found = [logged["train/tokens_per_second"] for _, logged in history if "train/tokens_per_second" in logged]
     assert [*found, metrics["tokens_per_second"]] == [4 * 8] * 4
 
 
-def test_meter_leaves_out_pauses_and_goes_on_from_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_skips_pauses_and_resumes_from_its_state(
+    make_train_params: MakeTrainParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    meter = Meter(batch_tokens=10)
+    params = make_train_params(max_steps=3)  # of 32 tokens each
+
+    def make() -> TrainingLog:
+        log = TrainingLog(params, CPU, lambda *_: None)
+        log.progress(0)
+        return log
+
+    log = make()
     for step, loss in ((1, 1.0), (2, 3.0)):
         now[0] += 1
-        meter.add(step, torch.tensor(loss), torch.tensor(0.0))
-    with meter.paused():
+        log.add(step, torch.tensor(loss), torch.tensor(5.0))
+    with log.paused():
         now[0] += 100
-    state = json.loads(json.dumps(meter.state()))
-    assert meter.read() == (2.0, 10.0)
+    state = json.loads(json.dumps(log.state()))
+    log.log_training(2)
     now[0] += 1000
-    restored = Meter(batch_tokens=10)
+    restored = make()
     restored.restore(state)
-    assert restored.read() == (2.0, 10.0)
+    restored.log_training(2)
+    for one in (log, restored):
+        metrics = one.history[-1][1]
+        assert (metrics["train/loss"], metrics["train/grad_norm"], metrics["train/tokens_per_second"]) == (2, 5, 32)
     now[0] += 4
     restored.add(3, torch.tensor(5.0), torch.tensor(0.0))
-    assert restored.read() == (5.0, 2.5)
-    assert restored.tokens_per_second() == 5.0
+    restored.log_training(3)
+    restored.log_validation(3, 1.0)
+    assert restored.history[-2][1]["train/tokens_per_second"] == 8
+    assert restored.final_metrics()["tokens_per_second"] == 3 * 32 / 6
 
 
-def ruin_step(model: GPT2Model, ruined: int) -> None:
-    """Make the features, and so the loss, of one step of a training NaN."""
+def make_nan(model: GPT2Model, bad_step: int) -> None:
+    """Make the hidden states, and so the loss, of one step of a training NaN."""
     steps = itertools.count(1)
 
     def hook(module: torch.nn.Module, _: Any, output: Tensor) -> Tensor:
-        return output * math.nan if module.training and next(steps) == ruined else output
+        return output * math.nan if module.training and next(steps) == bad_step else output
 
     model.layer_norm.register_forward_hook(hook)
 

@@ -1,0 +1,101 @@
+"""A whole training: its device, its first weights or last checkpoint, its faster parts, its signals.
+
+Shapes: N tokens of a split, V vocabulary.
+"""
+
+import torch
+
+from gpt2.config import ModelConfig, RuntimeParams, TrainParams
+from gpt2.core.cli import stop_requests
+from gpt2.core.device import check_memory, choose_device, choose_micro_batch_size, choose_precision
+from gpt2.core.errors import UserError
+from gpt2.data.batches import SeenMask, Tokens
+from gpt2.model.gpt2 import GPT2Model, MultiHeadAttention
+from gpt2.model.seen_tokens import SeenTokens
+from gpt2.model.weights import shapes_only
+from gpt2.training.attention import causal_attention
+from gpt2.training.bigrams import initialize_from_bigrams
+from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.cuda_graph import capture
+from gpt2.training.history import History, LogMetrics
+from gpt2.training.loss import FusedCrossEntropy
+from gpt2.training.trainer import Trainer, train
+from gpt2.training.training_log import NonFiniteError, TrainingLog
+
+
+def build_model(config: ModelConfig, params: TrainParams, device: torch.device) -> GPT2Model:
+    """Return a model with random weights on the device. Raises UserError if its training cannot fit into memory."""
+    with shapes_only():
+        parameters = GPT2Model(**config.model_dump()).count_parameters()
+    weights_bytes = parameters * 4 * 3  # with gradients and the least that an optimizer keeps
+    micro_batch_size = min(choose_micro_batch_size(params.micro_batch_size, device), params.batch_size)
+    activations_bytes = micro_batch_size * params.sequence_length * config.d_model * config.n_layers * 4
+    batch_bytes = params.batch_size * params.sequence_length * 8  # of int64
+    check_memory(weights_bytes + activations_bytes + batch_bytes, device)
+    torch.manual_seed(params.seed)
+    return GPT2Model(**config.model_dump()).to(device)
+
+
+def run_training(
+    model: GPT2Model,
+    train_tokens: Tokens,
+    val_tokens: Tokens,
+    seen: SeenMask,
+    params: TrainParams,
+    runtime: RuntimeParams,
+    checkpoints: Checkpoints,
+    log_metrics: LogMetrics,
+) -> tuple[dict[str, float], History]:
+    """Train `model` in place for params.max_steps optimizer steps; return the final metrics and all that was logged.
+
+    `seen` (V,) tells which tokens the training split has. If there is a checkpoint, the training resumes from it, and
+    log_metrics(step, metrics) first gets again what was logged before. The weights depend on the model, the tokens,
+    params and the kind of device alone, not on interruptions; on a GPU, whose sums may come in another order, to
+    rounding. Raises UserError if a split is too short for one window, the device is not available, or a loss or
+    gradient is not finite; Stopped on Ctrl-C or SIGTERM, after saving a checkpoint; OSError if none can be saved.
+    """
+    device = choose_device(runtime.device)
+    trainer = Trainer(
+        model.to(device), train_tokens, val_tokens, params, choose_precision(runtime.precision, device), checkpoints
+    )
+    log = TrainingLog(params, device, log_metrics)
+    seen_tokens = SeenTokens(torch.from_numpy(seen).to(device))
+    if params.fused:
+        use_fused_parts(model, seen_tokens, params.compile)
+    if params.compile:
+        for block in model.transformer_blocks:
+            block.compile()
+    with log.paused():
+        if checkpoint := checkpoints.restore(model, trainer.optimizers):
+            start, log_state = checkpoint
+            print(f"resuming after step {start}, from {checkpoints.folder}", flush=True)
+            log.restore(log_state)
+        else:
+            start = 0
+            initialize(model, train_tokens, seen_tokens, params)
+        if device.type == "cuda" and start < params.max_steps:
+            trainer.gradients = capture(trainer.compute_gradients, *(x.to(device) for x in trainer.batches(start)))
+    try:
+        with stop_requests() as stop_signal:
+            train(trainer, log, start, stop_signal)
+    except NonFiniteError as error:
+        raise UserError(f"{error}; {checkpoints.last()}; try a lower train.learning_rate") from None
+    return log.final_metrics() | {"parameters": model.count_parameters()}, log.history
+
+
+def initialize(model: GPT2Model, train_tokens: Tokens, seen_tokens: SeenTokens, params: TrainParams) -> None:
+    """Give a new model the weights that params.initialization names; its weights are random before."""
+    if params.initialization == "bigrams":
+        print("initializing from bigrams, which takes a minute or two on a CPU", flush=True)
+        torch.manual_seed(params.seed)
+        initialize_from_bigrams(model, train_tokens)
+    if params.fused:
+        seen_tokens.equalize(model.output_projection.weight)
+
+
+def use_fused_parts(model: GPT2Model, seen_tokens: SeenTokens, compiled: bool) -> None:
+    """Replace the model's loss and attention by faster ones (loss.py, attention.py)."""
+    model.loss = FusedCrossEntropy(seen_tokens, compiled)
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.scaled_dot_product_attention = causal_attention
