@@ -67,9 +67,10 @@ def test_tokens_decode_to_the_documents_with_end_of_text_between(tmp_path: Path)
 
 
 def test_seen_tokens_are_those_of_the_train_split(tmp_path: Path) -> None:
-    write(tmp_path, TEXTS)
-    seen = np.load(tmp_path / "seen_tokens.npy")
-    assert seen.shape == (50257,) and set(np.flatnonzero(seen)) == set(np.fromfile(tmp_path / "train.bin", "<u2"))
+    folder = tmp_path / "tokens"
+    write(folder, TEXTS)
+    seen = np.load(folder / "seen_tokens.npy")
+    assert seen.shape == (50257,) and set(np.flatnonzero(seen)) == set(np.fromfile(folder / "train.bin", "<u2"))
 
 
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:

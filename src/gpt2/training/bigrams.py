@@ -53,8 +53,9 @@ def _initialize(model: GPT2Model, tokens: Tensor) -> None:
     position_dims = min(width // POSITION_FRACTION, head_size) // 2 * 2  # L
     rank = min(width - RESERVED - position_dims, len(seen))  # K
     bigrams = count_bigrams(text, len(seen))
-    before, after, seen_log_counts = _fit(bigrams, *_factors(bigrams, rank))
-    log_counts = torch.full((vocab_size,), math.log(UNSEEN_COUNT)).index_copy(0, seen, seen_log_counts)
+    before, after, log_frequencies = _fit(bigrams, *_factors(bigrams, rank))
+    unseen_log_frequency = math.log(UNSEEN_COUNT / len(bigrams.probability.values()))
+    unigrams = torch.full((vocab_size,), unseen_log_frequency).index_copy(0, seen, log_frequencies)
 
     # An orthonormal basis of the residual stream, whose first direction is the mean's.
     basis = torch.linalg.qr(torch.cat([torch.ones(width, 1), torch.randn(width, width - 1)], 1)).Q.T  # (C, C)
@@ -63,7 +64,7 @@ def _initialize(model: GPT2Model, tokens: Tensor) -> None:
     token_norm = math.sqrt(width - position_dims)  # with a position's the norm that layer norm gives, sqrt(C)
     embedding = F.normalize(torch.randn(vocab_size, rank), dim=1).index_copy(0, seen, before)
     embedding = token_norm * embedding @ token_axes
-    projection = log_counts.sub(log_counts.mean())[:, None] * unigram_axis / math.sqrt(width)
+    projection = unigrams.sub(unigrams.mean())[:, None] * unigram_axis / math.sqrt(width)
     projection[seen] += after @ token_axes / token_norm
     bias = unigram_axis * math.sqrt(width)
 
@@ -80,38 +81,26 @@ def _initialize(model: GPT2Model, tokens: Tensor) -> None:
 
 
 class Bigrams(NamedTuple):
-    """Pairs of a text, ordered by their first token, with Kneser-Ney's probabilities:
+    """A text's pairs, with Kneser-Ney's p(second | first) = probability + backoff[first] * continuation[second]."""
 
-    p(second | first) = probability + backoff[first] * continuation[second].
-    """
-
-    first: Tensor  # (P,)
-    second: Tensor  # (P,)
-    probability: Tensor  # (P,)
-    counts: Tensor  # (M,), how often a token is followed by any
+    probability: Tensor  # (M, M), sparse
     backoff: Tensor  # (M,)
-    continuation_counts: Tensor  # (M,), how many different tokens go before a token
-
-    @property
-    def continuation(self) -> Tensor:
-        return self.continuation_counts / self.continuation_counts.sum()
+    continuation: Tensor  # (M,), the fraction of the different pairs that end in a token
+    counts: Tensor  # (M,), how often a token is followed by any
 
     def after(self, tokens: Tensor) -> Tensor:
         """Return the probabilities (S, M) of all that may follow tokens (S,)."""
-        rows = self.backoff[tokens, None] * self.continuation  # (S, M)
-        starts, ends = (torch.searchsorted(self.first, tokens, right=right).tolist() for right in (False, True))
-        for row, start, end in zip(rows, starts, ends, strict=True):
-            row[self.second[start:end]] += self.probability[start:end]
-        return rows
+        return self.backoff[tokens, None] * self.continuation + self.probability.index_select(0, tokens).to_dense()
 
 
 def count_bigrams(text: Tensor, different: int) -> Bigrams:
     """Count the pairs of a text (N,) of ids below `different`, M."""
     first, second, pair_counts = _count_pairs(text[:-1], text[1:], different)  # (P,)
     counts = torch.bincount(text[:-1], minlength=different).float().clamp(min=1)
-    continuation_counts = torch.bincount(second, minlength=different).float().clamp(min=UNSEEN_COUNT)
     backoff = DISCOUNT * torch.bincount(first, minlength=different) / counts
-    return Bigrams(first, second, (pair_counts - DISCOUNT) / counts[first], counts, backoff, continuation_counts)
+    continuation = torch.bincount(second, minlength=different).float().clamp(min=UNSEEN_COUNT)
+    probability = _sparse(first, second, (pair_counts - DISCOUNT) / counts[first], counts)
+    return Bigrams(probability, backoff, continuation / continuation.sum(), counts)
 
 
 def _factors(bigrams: Bigrams, rank: int) -> tuple[Tensor, Tensor]:
@@ -119,8 +108,9 @@ def _factors(bigrams: Bigrams, rank: int) -> tuple[Tensor, Tensor]:
 
     Rows of the first have norm 1, since layer norm takes their norm away; the second is fitted to them.
     """
-    first, second, counts = bigrams.first, bigrams.second, bigrams.counts
-    ratio = torch.log1p(bigrams.probability / (bigrams.backoff[first] * bigrams.continuation[second]))  # (P,)
+    (first, second), counts = bigrams.probability.indices(), bigrams.counts
+    backed_off = bigrams.backoff[first] * bigrams.continuation[second]
+    ratio = torch.log1p(bigrams.probability.values() / backed_off)  # (P,)
     left, singular_values, _ = torch.svd_lowrank(_sparse(first, second, ratio * counts.sqrt()[first], counts), q=rank)
     before = F.normalize(left * singular_values.sqrt(), dim=1)
     weights = counts**LEAST_SQUARES_POWER
@@ -131,8 +121,8 @@ def _factors(bigrams: Bigrams, rank: int) -> tuple[Tensor, Tensor]:
 
 @torch.enable_grad()
 def _fit(bigrams: Bigrams, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return factors (M, K), (M, K) and log counts (M,) fitted to Kneser-Ney's probabilities, from first factors."""
-    before, after, bias = (x.clone().requires_grad_() for x in (before, after, bigrams.continuation_counts.log()))
+    """Return factors (M, K), (M, K) and log frequencies (M,) fitted to Kneser-Ney's probabilities, from factors."""
+    before, after, bias = (x.clone().requires_grad_() for x in (before, after, bigrams.continuation.log()))
     groups = [{"params": [before, bias], "rate": BEFORE_RATE}, {"params": [after], "rate": AFTER_RATE}]
     optimizer = torch.optim.Adam(groups, fused=True)
     for step in range(FIT_STEPS):
@@ -181,15 +171,13 @@ def _add_newton_step(
     output_covariance = _with_ridge(output_covariance, OUTPUT_RIDGE)  # (C, C)
     covariance = _with_ridge(covariance, EMBEDDING_RIDGE)  # (H * C, H * C)
     step = torch.linalg.solve(output_covariance, torch.linalg.solve(covariance, gradient, left=False))  # (C, H * C)
-    output_root, embedding_root = _square_root(output_covariance), _square_root(covariance[:width, :width])
     outs = block.attention.w_o.weight.unflatten(1, (block.attention.n_heads, -1))  # (C, n_heads, D)
     values = block.attention.w_v.weight.unflatten(0, (block.attention.n_heads, -1))  # (n_heads, D, C)
     for head, matrix in enumerate(step.split(width, 1)):
-        left, gains, right = torch.linalg.svd(output_root @ matrix @ embedding_root)
-        rank = outs.shape[2]  # D
-        scale = gains[:rank].sqrt()
-        outs[:, head] = torch.linalg.solve(output_root, left[:, :rank] * scale)
-        values[head] = torch.linalg.solve(embedding_root, scale[:, None] * right[:rank], left=False)
+        left, gains, right = torch.linalg.svd(matrix)
+        scale = gains[: outs.shape[2]].sqrt()  # (D,)
+        outs[:, head] = left[:, : len(scale)] * scale
+        values[head] = scale[:, None] * right[: len(scale)]
     block.layer_norm1.bias.copy_(-mean)
 
 
@@ -239,9 +227,3 @@ def _sparse(rows: Tensor, columns: Tensor, values: Tensor, like: Tensor) -> Tens
 def _with_ridge(matrix: Tensor, ridge: float) -> Tensor:
     """Return a covariance with that fraction of its mean variance added to each variance, for a stable inverse."""
     return matrix + ridge * matrix.diagonal().mean().clamp(min=1e-6) * torch.eye(len(matrix))
-
-
-def _square_root(matrix: Tensor) -> Tensor:
-    """Return the symmetric root of a positive definite matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.sqrt()) @ vectors.T
