@@ -31,10 +31,7 @@ def run_command(main: Callable[[], None]) -> None:
         if sys.stdout:  # it may be closed
             sys.stdout.flush()
     except Stopped as stopped:
-        try:
-            print(stopped, file=sys.stderr)
-        except BrokenPipeError:
-            _discard_output()
+        _write_error(f"{stopped}\n")
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -63,10 +60,7 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         nonlocal received
         received = number
         restore()
-        try:
-            os.write(2, b"\nsaving before it stops ...\n")  # print must not be called from a handler
-        except OSError:  # the signal has ended its reader too, e.g. `tee`
-            _discard_output()
+        _write_error("\nsaving before it stops ...\n")
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -79,8 +73,16 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         restore()
 
 
+def _write_error(text: str) -> None:
+    """Write to standard error, also from a signal handler, where print may fail."""
+    try:
+        os.write(2, text.encode())
+    except OSError:  # Ctrl-C has ended its reader too, e.g. `tee`
+        _discard_output()
+
+
 def _discard_output() -> None:
-    """Let nothing that is printed from here on fail for want of a reader."""
+    """Let nothing that is printed from here on fail because nobody reads it."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(nowhere, descriptor)
