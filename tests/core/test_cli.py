@@ -49,11 +49,11 @@ def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_stopped_work_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_work_says_how_to_continue(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_command(raising(Stopped(signal.SIGTERM, "stopped; the same command goes on")))
+        run_command(raising(Stopped(signal.SIGTERM, "stopped; the same command continues")))
     assert ended.value.code == 143
-    assert capsys.readouterr() == ("", "stopped; the same command goes on\n")
+    assert capfd.readouterr() == ("", "stopped; the same command continues\n")
 
 
 @pytest.mark.parametrize(
