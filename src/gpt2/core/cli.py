@@ -11,6 +11,9 @@ from typing import NoReturn
 
 from gpt2.core.errors import Stopped, UserError
 
+# A script imports this file before PyTorch: Ctrl-C in the seconds that takes shows no traceback either.
+sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse whose errors are the project's one line."""
@@ -22,8 +25,8 @@ class Parser(argparse.ArgumentParser):
 def run_command(main: Callable[[], None]) -> None:
     """Run main. Exit with 2 on a UserError or what the system refuses (a full disk, no memory), 130 on Ctrl-C.
 
-    SIGTERM ends it with 143, and what main has opened is closed. Where the reader of what it prints has left, e.g.
-    `head`, it ends in silence, with 141 as SIGPIPE would.
+    SIGTERM ends it with 143, and what main has opened is closed. If the reader of its output has left, e.g. `head`,
+    it ends silently with 141, as SIGPIPE would.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
