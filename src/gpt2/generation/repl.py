@@ -75,6 +75,8 @@ def converse(writer: Writer, settings: GenerationSettings) -> None:
         except UnicodeDecodeError:
             raise UserError("standard input is not UTF-8 text") from None
         except EOFError:
+            if on_terminal:
+                print()
             return
         except KeyboardInterrupt:
             if not on_terminal:
