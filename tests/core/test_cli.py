@@ -49,11 +49,11 @@ def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_stopped_work_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_work_says_how_to_continue(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_command(raising(Stopped(signal.SIGTERM, "stopped; the same command goes on")))
+        run_command(raising(Stopped(signal.SIGTERM, "stopped; the same command continues")))
     assert ended.value.code == 143
-    assert capsys.readouterr() == ("", "stopped; the same command goes on\n")
+    assert capfd.readouterr() == ("", "stopped; the same command continues\n")
 
 
 @pytest.mark.parametrize(
@@ -153,3 +153,9 @@ def test_closed_output_is_no_error() -> None:
     closing = ["sh", "-c", '"$@" >&-', "sh"]
     done = subprocess.run([*closing, *command("print('fine')")], stderr=subprocess.PIPE, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_ctrl_c_before_the_command_runs_shows_no_traceback() -> None:
+    code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); import gpt2.core.cli; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")

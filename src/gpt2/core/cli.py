@@ -11,6 +11,9 @@ from typing import NoReturn
 
 from gpt2.core.errors import Stopped, UserError
 
+# A script imports this file before PyTorch: Ctrl-C in the seconds that takes shows no traceback either.
+sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse whose errors are the project's one line."""
@@ -22,8 +25,8 @@ class Parser(argparse.ArgumentParser):
 def run_command(main: Callable[[], None]) -> None:
     """Run main. Exit with 2 on a UserError or what the system refuses (a full disk, no memory), 130 on Ctrl-C.
 
-    SIGTERM ends it with 143, and what main has opened is closed. Where the reader of what it prints has left, e.g.
-    `head`, it ends in silence, with 141 as SIGPIPE would.
+    SIGTERM ends it with 143, and what main has opened is closed. If the reader of its output has left, e.g. `head`,
+    it ends silently with 141, as SIGPIPE would.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
@@ -31,10 +34,7 @@ def run_command(main: Callable[[], None]) -> None:
         if sys.stdout:  # it may be closed
             sys.stdout.flush()
     except Stopped as stopped:
-        try:
-            print(stopped, file=sys.stderr)
-        except BrokenPipeError:
-            _discard_output()
+        _write_error(f"{stopped}\n")
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -63,10 +63,7 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         nonlocal received
         received = number
         restore()
-        try:
-            os.write(2, b"\nsaving before it stops ...\n")  # print must not be called from a handler
-        except OSError:  # the signal has ended its reader too, e.g. `tee`
-            _discard_output()
+        _write_error("\nsaving before it stops ...\n")
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -79,8 +76,16 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         restore()
 
 
+def _write_error(text: str) -> None:
+    """Write to standard error, also from a signal handler, where print may fail."""
+    try:
+        os.write(2, text.encode())
+    except OSError:  # Ctrl-C has ended its reader too, e.g. `tee`
+        _discard_output()
+
+
 def _discard_output() -> None:
-    """Let nothing that is printed from here on fail for want of a reader."""
+    """Let nothing that is printed from here on fail because nobody reads it."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(nowhere, descriptor)

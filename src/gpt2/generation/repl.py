@@ -1,13 +1,14 @@
 """infer.py's texts on a terminal: one after one prompt, or a session whose lines are prompts and commands."""
 
 import ast
-import difflib
+import atexit
+import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from typing import Any, TypeVar
+from contextlib import suppress
+
+from pydantic import field_validator
 
 from gpt2.config import check
 from gpt2.core.cli import fail
@@ -15,124 +16,103 @@ from gpt2.core.errors import UserError
 from gpt2.core.paths import main_root
 from gpt2.generation.engine import GenerationSettings, Text, Writer
 
-AnySettings = TypeVar("AnySettings", bound=GenerationSettings)
-
 HELP = """\
-Type a prompt, or one of:
+Type a prompt, or one of these commands:
   set NAME VALUE   change a setting, e.g. set temperature 1.2, set top_k none, set max_tokens 100
-  seed N           repeat the text of this seed; seed none writes another each time
+  seed N           repeat the text of this seed; seed none draws a new seed each time
   settings         show the settings
-  reset            take the settings of the start again
+  reset            return to the settings of the start
   help             show this text
   quit             leave (so does Ctrl-D); Ctrl-C stops a text
-A line that says more than its command takes, like "help me", is a prompt; so is any line that begins with a space."""
+Every other line is a prompt, also "help me" or "set the table".
+A line that begins with / is always a command, like /help; a line that begins with a space is always a prompt."""
 
-COMMANDS = ("set", "seed", "settings", "reset", "help", "quit", "exit")
-NAMES = tuple(GenerationSettings.model_fields)
-TEXTS = ("stop", "device", "quantize")  # settings that are no numbers
-SIMILAR = 0.75  # difflib's ratio from which a word counts as another one mistyped: two letters exchanged in four
+NAMES = "|".join(GenerationSettings.model_fields)
+COMMAND = re.compile(rf"help|settings|reset|quit|exit|seed\s+(-?\d+|none)|set\s+({NAMES})\s+\S.*")
 HISTORY_LINES = 1000
+
+
+class TypedSettings(GenerationSettings, strict=False):
+    """Settings from the text that a user types, in which 0.7 is a number."""
+
+    @field_validator("top_k", "top_p", "min_p", "stop", "seed", mode="before")
+    @classmethod
+    def _read(cls, text: str) -> str | None:
+        """Read none as no value, and a text in quotes as Python does, where \\n is the end of a line."""
+        if text.startswith(("'", '"')):
+            with suppress(ValueError, SyntaxError):
+                return ast.literal_eval(text)
+        return None if text.lower() == "none" else text
 
 
 def converse(writer: Writer, settings: GenerationSettings) -> None:
     """Obey the lines of standard input until it ends or the user quits. Raises UserError if it is not UTF-8."""
     at_start, on_terminal = settings, sys.stdin.isatty() and sys.stdout.isatty()
     inform(HELP)
-    with line_editing() if on_terminal else nullcontext():
-        while True:
-            try:
-                line = input("> " if on_terminal else "")
-            except EOFError:
-                if on_terminal:
-                    print()
-                return
-            except KeyboardInterrupt:
-                if not on_terminal:
-                    raise
+    if on_terminal:
+        edit_lines()
+    while True:
+        try:
+            line = input("> " if on_terminal else "")
+            match find_command(line):
+                case []:
+                    if prompt := line.strip():
+                        print_text(writer, Text(prompt, settings))
+                case ["quit" | "exit"]:
+                    return
+                case ["help"]:
+                    inform(HELP)
+                case ["settings"]:
+                    inform(show(settings))
+                case ["reset"]:
+                    settings = at_start
+                    inform(show(settings))
+                case ["set", name, value] | ["seed" as name, value]:
+                    settings = change(settings, name, value)
+                    inform(show(settings))
+        except UserError as error:
+            fail(error)
+        except UnicodeDecodeError:
+            raise UserError("standard input is not UTF-8 text") from None
+        except EOFError:
+            if on_terminal:
                 print()
-                continue
-            except UnicodeDecodeError:
-                raise UserError("standard input is not UTF-8 text") from None
-            try:
-                match find_command(line):
-                    case []:
-                        if prompt := line.strip():
-                            print_text(writer, Text(prompt, settings))
-                    case ["quit" | "exit"]:
-                        return
-                    case ["help"]:
-                        inform(HELP)
-                    case ["settings"]:
-                        inform(show(settings))
-                    case ["reset"]:
-                        settings = at_start
-                        inform(show(settings))
-                    case ["set", name, value] | ["seed" as name, value]:
-                        settings = change(settings, {name: value})
-                        inform(show(settings))
-                    case ["seed"]:
-                        raise UserError("seed takes a number or none, e.g. seed 7")
-                    case _:
-                        raise UserError("set takes a name and a value, e.g. set temperature 1.2")
-            except UserError as error:
-                fail(error)
-            except KeyboardInterrupt:
-                if not on_terminal:
-                    raise
+            return
+        except KeyboardInterrupt:
+            if not on_terminal:
+                raise
+            print()
 
 
 def find_command(line: str) -> list[str]:
-    """Return the words of a command, the last with all that follows it, or none of a prompt.
-
-    Raises UserError if the line is a mistyped command.
-    """
-    words = line.split(maxsplit=2)
-    command = None if not words or line[0].isspace() else _nearest(words[0].lower(), COMMANDS)
-    if command is None or not _fits(command, words):
-        return []
-    if words[0] != command:
-        raise UserError(f"{words[0]} is unknown (did you mean {command}?); a space before it makes it a prompt")
-    return [word.strip() for word in words]
+    """Return the words of a command, or none of a prompt. Raises UserError if a line that begins with / is neither."""
+    command = line.removeprefix("/").rstrip()
+    if COMMAND.fullmatch(command):
+        return command.split(maxsplit=2)
+    if line.startswith("/"):
+        raise UserError(f"{line} is no command; /help lists them, and a line that begins with a space is a prompt")
+    return []
 
 
-def _fits(command: str, words: list[str]) -> bool:
-    """Tell whether what follows the first word can be meant for the command, more strictly if that is mistyped."""
-    is_exact = words[0] == command
-    match command, words[1:]:
-        case "set", []:
-            return True
-        case "set", [name, *value]:
-            return _nearest(name, NAMES) is not None or (is_exact and len(value) == 1 == len(value[0].split()))
-        case "seed", []:
-            return is_exact
-        case "seed", [value]:
-            return is_exact or value.isdecimal() or value == "none"
-        case _, rest:
-            return not rest
+def change(settings: GenerationSettings, name: str, text: str) -> GenerationSettings:
+    """Return the settings with one replaced by what a user typed. Raises UserError."""
+    typed = check(TypedSettings, {name: text}, "settings")
+    return settings.model_copy(update={name: getattr(typed, name)})
 
 
-def _nearest(word: str, names: Sequence[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(word, names, n=1, cutoff=SIMILAR)), None)
-
-
-@contextmanager
-def line_editing() -> Iterator[None]:
-    """Let input() edit lines and recall earlier ones, those of former sessions too."""
+def edit_lines() -> None:
+    """Let input() edit lines and recall earlier ones, also those of former sessions."""
     try:
         import readline  # from here on it serves input()
     except ImportError:  # Python was built without it
-        yield
         return
     path = main_root() / ".cache" / "infer_history"
     readline.set_history_length(HISTORY_LINES)
-    with suppress(OSError):
+    with suppress(OSError):  # the folder may be read-only
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        atexit.register(readline.write_history_file, path)
         readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.parent.mkdir(exist_ok=True)
-            readline.write_history_file(path)
 
 
 def print_text(writer: Writer, text: Text) -> None:
@@ -150,27 +130,8 @@ def print_text(writer: Writer, text: Text) -> None:
     inform(f"{text.written} tokens in {seconds:.2f} s, {text.written / seconds:.1f} tokens/s, seed {text.seed}")
 
 
-def change(settings: AnySettings, texts: dict[str, str]) -> AnySettings:
-    """Return settings with some replaced by what a user typed. Raises UserError that names all that is wrong."""
-    changes = {name: _value(name, text) for name, text in texts.items()}
-    return check(type(settings), settings.model_dump() | changes, "settings")
-
-
-def _value(name: str, text: str) -> Any:
-    """Return what was typed for a setting: none, a number, or the text as it is, without quotes around it."""
-    if text.lower() in ("none", "off") and name != "quantize":
-        return None
-    readings: list[Callable[[str], Any]] = [int, float]
-    if name in TEXTS:
-        readings = [ast.literal_eval] if text[:1] in ("'", '"') else []
-    for read in readings:
-        with suppress(Exception):  # literal_eval raises all kinds
-            return read(text)
-    return text
-
-
 def show(settings: GenerationSettings) -> str:
-    shown = {name: repr(value) if isinstance(value, str) else value for name, value in settings.model_dump().items()}
+    shown = {name: repr(value) if isinstance(value, str) else value for name, value in settings}
     return ", ".join(f"{name} {'none' if value is None else value}" for name, value in shown.items())
 
 
