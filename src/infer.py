@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from gpt2.config import Device, ModelConfig, champion_uri
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import autocast, choose_device, choose_precision, keep_freed_memory
+from gpt2.core.environment import MLFLOW_DEFAULTS
 from gpt2.core.errors import UserError
 from gpt2.core.paths import PARAMS
 from gpt2.data import tokenizer
@@ -101,6 +103,7 @@ def parse_arguments() -> argparse.Namespace:
 def find_model(name: str) -> Path:
     """Return the path of a model given as a path or as an MLflow URI."""
     if name.startswith(("models:", "runs:")):
+        os.environ.update(MLFLOW_DEFAULTS | os.environ)
         from gpt2.tracking.registry import fetch_model  # MLflow takes as long to import as PyTorch
 
         return fetch_model(name)
