@@ -81,6 +81,7 @@ def test_a_download_without_files_is_not_kept(
 ) -> None:
     empty = SimpleNamespace(download_artifacts=lambda *_: None)
     monkeypatch.setattr(registry, "get_artifact_repository", lambda _: empty)
+    monkeypatch.setattr(mlflow.MlflowClient, "get_model_version_download_uri", lambda *_: "mlflow-artifacts:/1")
     monkeypatch.setattr(registry, "main_root", lambda: tmp_path)
     (tmp_path / ".cache/models").mkdir(parents=True)
     assert "config.json does not exist" in error_line(lambda: registry.local_folder(version(1, 5.0)))

@@ -49,16 +49,15 @@ def run_key(params: Params, key: str) -> str:
 
 def git_commit() -> str | None:
     """Return the commit that is checked out, with "-dirty" if its code has been changed; None outside git."""
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "src", "dvc.yaml"])
     try:
-        commit = _git("rev-parse", "HEAD")
-        return commit + ("-dirty" if _git("status", "--porcelain", "--", "src", "dvc.yaml") else "")
+        commit, changes = (
+            subprocess.check_output(["git", *command], cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
+            for command in commands
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return commit + ("-dirty" if changes else "")
 
 
 def hash_of(content: Any) -> str:

@@ -11,10 +11,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
-from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.utils.file_utils import get_local_path_or_none
 
 from gpt2.core.errors import UserError
 from gpt2.core.files import exclusive, replacing
@@ -40,22 +39,13 @@ PACKAGES = (
     "torch",
 )
 NOT_THERE = tuple(map(ErrorCode.Name, (RESOURCE_DOES_NOT_EXIST, INVALID_PARAMETER_VALUE)))
-DEFAULTS = GenerationSettings()
+NULLS = {"top_k": 0, "top_p": 0.0, "min_p": 0.0, "stop": "", "seed": 0}  # a schema has no null
+DEFAULTS = NULLS | GenerationSettings().model_dump(exclude_none=True)
+TYPES = {float: DataType.double, int: DataType.long, str: DataType.string}
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt")]),
     outputs=Schema([ColSpec(DataType.string, "text")]),
-    params=ParamSchema(  # a schema knows no null: serving.py says which value stands for it
-        [
-            ParamSpec("temperature", DataType.double, DEFAULTS.temperature),
-            ParamSpec("top_k", DataType.long, DEFAULTS.top_k or 0),
-            ParamSpec("top_p", DataType.double, DEFAULTS.top_p or 0.0),
-            ParamSpec("min_p", DataType.double, DEFAULTS.min_p or 0.0),
-            ParamSpec("repetition_penalty", DataType.double, DEFAULTS.repetition_penalty),
-            ParamSpec("max_tokens", DataType.long, DEFAULTS.max_tokens),
-            ParamSpec("stop", DataType.string, DEFAULTS.stop or ""),
-            ParamSpec("seed", DataType.long, 0),
-        ]
-    ),
+    params=ParamSchema([ParamSpec(name, TYPES[type(value)], value) for name, value in DEFAULTS.items()]),
 )
 
 
@@ -131,17 +121,15 @@ def fetch_model(uri: str) -> Path:
 
 def local_folder(version: ModelVersion) -> Path:
     """Return where a version's files are on this machine: in the store, or in a copy that is kept here."""
-    repository = get_artifact_repository(uri_of(version))
-    while isinstance(repository, ModelsArtifactRepository):  # it only leads to another
-        repository = repository.repo
-    if isinstance(repository, LocalArtifactRepository):
-        return Path(repository.download_artifacts(""))
+    source = mlflow.MlflowClient().get_model_version_download_uri(version.name, version.version)
+    if local := get_local_path_or_none(source):
+        return Path(local)
     kept = main_root() / ".cache" / "models" / version.tags[MODEL_SHA256]
     with exclusive(kept.with_suffix(".lock"), f"another process downloads {uri_of(version)}"):
         if not kept.exists():
             with replacing(kept) as partial:
                 partial.mkdir()
-                repository.download_artifacts("", str(partial))
+                get_artifact_repository(source).download_artifacts("", str(partial))
                 read_config(partial / "artifacts" / FOLDER)  # files lost in the store download as nothing
     return kept
 

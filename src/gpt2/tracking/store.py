@@ -50,8 +50,10 @@ def open_store() -> str:
     uri, database = _locate()
     _connect(uri)
     with store_lock():  # processes that make a database at once would break it
-        if database:
-            _check(database) if database.exists() else _make(database)
+        if database and database.exists():
+            mend_paths(database, database.parent)
+        elif database:
+            _make(database)
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
@@ -60,31 +62,25 @@ def open_store() -> str:
             return client.create_experiment(EXPERIMENT, artifact_location=location)
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
-        if database:
-            mend_paths(database, database.parent)
         return experiment.experiment_id
 
 
 @contextmanager
 def read_store() -> Iterator[None]:
-    """Connect to the store to read it, without writing to it. Raises one of STORE_ERRORS, also if there is none.
+    """Connect to the store to read it. Raises one of STORE_ERRORS, also if there is none.
 
-    The store may be read-only, or moved, so MLflow gets a copy of its database, with mended paths.
+    It may be read-only, or moved and not mended, so MLflow gets a mended copy of its database.
     """
     uri, database = _locate()
-    if database is None:
-        _connect(uri)
-        yield
-        return
-    _require(database)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "mlflow.db"
-        # "rw" makes no file; it undoes a write that was killed, and reads only where it may not write.
-        source = sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True)
-        with closing(source), closing(sqlite3.connect(copy)) as target:
-            source.backup(target)
-        mend_paths(copy, database.parent)
-        _connect(_uri_of(copy))
+        if database:
+            if not database.exists():
+                raise MlflowException(f"there is no store {database} yet", RESOURCE_DOES_NOT_EXIST)
+            with closing(_open(database)) as source, closing(sqlite3.connect(copy)) as target:
+                source.backup(target)
+            mend_paths(copy, database.parent)
+        _connect(_uri_of(copy) if database else uri)
         try:
             yield
         finally:
@@ -97,22 +93,21 @@ def repair() -> str:
     if database is None:
         return f"nothing to repair: {uri} is not an SQLite database"
     try:
-        _require(database)
         with store_lock():
             count = mend_paths(database, database.parent)
     except STORE_ERRORS as error:
-        raise UserError(f"MLflow's store fails ({error})") from None
+        raise UserError(f"{database} cannot be repaired ({error})") from None
     return f"mended {count} paths in {database}" if count else f"nothing to repair: the paths in {database} are right"
 
 
 def mend_paths(database: Path, root: Path) -> int:
     """Let the paths below the folder in which a store was made begin with `root`; return how many were changed.
 
-    Other paths stay: those of a server, and all of them if our experiment keeps its artifacts with one.
-    Raises sqlite3.Error.
+    Others stay, as do all if our experiment keeps its artifacts elsewhere, e.g. with a server. Raises sqlite3.Error, at
+    once if this is no database of MLflow's, which itself would try for minutes.
     """
     ours = (root / ARTIFACTS).as_uri()
-    with closing(sqlite3.connect(database)) as connection, connection:
+    with closing(_open(database)) as connection, connection:
         found = connection.execute("SELECT artifact_location FROM experiments WHERE name = ?", (EXPERIMENT,)).fetchone()
         location = str(found[0]) if found else ours
         old = location.removesuffix(f"/{ARTIFACTS}")
@@ -143,8 +138,13 @@ def _locate() -> tuple[str, Path | None]:
 
 
 def _uri_of(database: Path) -> str:
-    """Return the URI of an SQLite file. It names the driver: else MLflow makes a folder with the name that is quoted."""
+    """Return the URI of an SQLite file, with its driver: without, MLflow makes a folder of the path as it is quoted."""
     return URL.create("sqlite+pysqlite", database=str(database)).render_as_string()
+
+
+def _open(database: Path) -> sqlite3.Connection:
+    """Open a database that is there. Where it may not be written, SQLite opens it for reading."""
+    return sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True)
 
 
 def _connect(uri: str) -> None:
@@ -158,21 +158,9 @@ def _connect(uri: str) -> None:
 
 def _make(database: Path) -> None:
     """Make an empty store; a process that is killed meanwhile leaves none."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # a server's store does without it
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # a server's client does without it
 
     unfinished = database.with_name(f"{database.name}.partial")
-    unfinished.unlink(missing_ok=True)
-    _check(unfinished)
+    unfinished.write_bytes(b"")
     SqlAlchemyStore(_uri_of(unfinished), (database.parent / ARTIFACTS).as_uri())
     unfinished.replace(database)
-
-
-def _check(database: Path) -> None:
-    """Let SQLite say at once that it cannot open a file, where MLflow would try for minutes. Raises sqlite3.Error."""
-    with closing(sqlite3.connect(database)) as connection:
-        connection.execute("PRAGMA schema_version")
-
-
-def _require(database: Path) -> None:
-    if not database.exists():
-        raise MlflowException(f"there is no store {database} yet", RESOURCE_DOES_NOT_EXIST)
