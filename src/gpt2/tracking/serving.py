@@ -22,25 +22,25 @@ from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model
 
 NONE_IF_FALSE = ("top_k", "top_p", "min_p", "stop")  # a schema knows no null; 0 and "" stand for it
-# After which MLflow's server answers that a request has taken too long; it does not stop what computes the answer.
+# MLflow's server then answers that the request took too long, but does not stop the work.
 REQUEST_SECONDS = float(os.environ.get("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", threading.TIMEOUT_MAX))
 
 
 class SharedWriter:
-    """Lets many threads write with one model: their texts grow side by side, those that came first first."""
+    """Lets many threads write with one model: it writes their texts together, first come, first served."""
 
     def __init__(self, model: GPT2Model) -> None:
         self._writer = Writer(model, MAX_ROWS)
         self._waiting: deque[Text] = deque()
         self._readers: dict[Text, SimpleQueue[str | Exception | None]] = {}
-        self._writes = False  # a thread; it ends when no text is left, and then the model may be freed
-        self._lock = threading.Lock()  # whatever waits has a reader, and a thread that writes
+        self._writes = False  # whether a thread runs; it ends when no text is left, so that the model can be freed
+        self._lock = threading.Lock()  # each waiting text has a reader, and a thread that writes
 
     def submit(self, texts: list[Text]) -> list[Generator[str]]:
-        """Return what each text goes on with, part by part.
+        """Return for each text an iterator over the parts that continue it.
 
-        Reading raises what went wrong in writing, and queue.Empty if the text has not ended after REQUEST_SECONDS. A
-        text that is no longer read is no longer written.
+        It raises what went wrong in writing, and queue.Empty if the text has not ended after REQUEST_SECONDS. A text
+        whose iterator is closed is no longer written.
         """
         readers: list[SimpleQueue[str | Exception | None]] = [SimpleQueue() for _ in texts]
         with self._lock:
@@ -71,7 +71,7 @@ class SharedWriter:
                     if text.ended:
                         del self._readers[text]
                         reader.put(None)
-            except Exception as error:  # every reader learns of it, and the next texts are tried anew
+            except Exception as error:  # every reader gets it; later texts are tried again
                 with self._lock:
                     self._waiting.clear()
                     while self._readers:
@@ -83,9 +83,9 @@ class SharedWriter:
 
 
 class TextGenerator(PythonModel):
-    """Continues prompts. The parameters and their defaults stand in the model's signature.
+    """Continues prompts. The parameters and their defaults are in the model's signature.
 
-    Its predictions raise MlflowException, which a server answers with status 400, for what cannot be used.
+    Raises MlflowException for a bad prompt or parameter; a server answers that with status 400.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -104,7 +104,7 @@ class TextGenerator(PythonModel):
         try:
             return pd.DataFrame({"text": ["".join(parts) for parts in self.writer.submit(texts)]})
         finally:
-            for text in texts:  # those that wait behind one that failed
+            for text in texts:  # some may wait behind one that failed
                 text.abandoned = True
 
     def predict_stream(
@@ -126,7 +126,7 @@ class TextGenerator(PythonModel):
 
 
 def refuse_unknown_params(record: logging.LogRecord) -> bool:
-    """Raise MlflowException for the warning with which MLflow would pass over params that this signature lacks."""
+    """Raise MlflowException where MLflow would only warn of params that the signature does not have."""
     message = record.getMessage()
     if "Unrecognized params" in message and all(f"'{name}'" in message for name in GenerationSettings.model_fields):
         told = message.replace(" are ignored for inference", "").partition(" To enable them")[0]

@@ -52,8 +52,13 @@ def open_store() -> str:
     with store_lock():  # processes that make a database at once would break it
         if database and database.exists():
             mend_paths(database, database.parent)
-        elif database:
-            _make(database)
+        elif database:  # a process that is killed meanwhile leaves none
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # a server's client does without it
+
+            unfinished = database.with_name(f"{database.name}.partial")
+            unfinished.write_bytes(b"")
+            SqlAlchemyStore(_uri_of(unfinished), (database.parent / ARTIFACTS).as_uri())
+            unfinished.replace(database)
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
@@ -154,13 +159,3 @@ def _connect(uri: str) -> None:
     logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # its errors are raised as well
     warnings.filterwarnings("ignore", module=r"mlflow\.")  # advice on schemas and input examples
     mlflow.set_tracking_uri(uri)
-
-
-def _make(database: Path) -> None:
-    """Make an empty store; a process that is killed meanwhile leaves none."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # a server's client does without it
-
-    unfinished = database.with_name(f"{database.name}.partial")
-    unfinished.write_bytes(b"")
-    SqlAlchemyStore(_uri_of(unfinished), (database.parent / ARTIFACTS).as_uri())
-    unfinished.replace(database)
