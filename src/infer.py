@@ -2,18 +2,20 @@
 
 import argparse
 import io
+import os
 import sys
 from pathlib import Path
 
 from gpt2.config import Device, ModelConfig, champion_uri, check
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import autocast, choose_device, choose_precision, keep_freed_memory
+from gpt2.core.environment import MLFLOW_DEFAULTS
 from gpt2.core.errors import UserError
 from gpt2.core.paths import PARAMS
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.evaluation.scoring import score
 from gpt2.generation.decoder import Quantization
-from gpt2.generation.engine import GenerationSettings, Text, Writer
+from gpt2.generation.engine import Engine, GenerationSettings, Request
 from gpt2.generation.repl import TypedSettings, converse, inform, print_text
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model
@@ -33,11 +35,11 @@ def main() -> None:
     settings = GenerationSettings(**options.model_dump(exclude={"device", "quantize"}))
     wants_int8 = options.quantize == "int8"  # which only the CPU has
     device = choose_device("cpu" if wants_int8 and options.device == "auto" else options.device)
-    text = None if arguments.prompt is None else Text(arguments.prompt, settings)
+    request = None if arguments.prompt is None else Request(arguments.prompt, settings)
     scored = None if arguments.score is None else read_text(arguments.score)
 
     name = arguments.model or champion_uri(PARAMS)
-    model, config = load_model(find_model(name))
+    model, config, seen = load_model(find_model(name))
     if config.vocab_size != VOCAB_SIZE:
         raise UserError(f"{name} has a vocabulary of {config.vocab_size}, not GPT-2's {VOCAB_SIZE}")
     model.to(device)
@@ -46,10 +48,12 @@ def main() -> None:
         keep_freed_memory()
         with autocast(device, choose_precision("auto", device)):
             print(score(model, scored, arguments.explain))
-    elif text is not None:
-        print_text(Writer(model, 1, options.quantize), text)
+        return
+    engine = Engine(model, 1, seen, options.quantize)
+    if request is not None:
+        print_text(engine, request)
     else:
-        converse(Writer(model, 1, options.quantize), settings)
+        converse(engine, settings)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Options]:
@@ -94,6 +98,7 @@ def read_text(name: str) -> str:
 def find_model(name: str) -> Path:
     """Return the path of a model given as a path or as an MLflow URI."""
     if name.startswith(("models:", "runs:")):
+        os.environ.update(MLFLOW_DEFAULTS | os.environ)
         from gpt2.tracking.registry import fetch_model  # MLflow takes as long to import as PyTorch
 
         return fetch_model(name)

@@ -1,9 +1,14 @@
-"""Stage register: the run is completed in MLflow, the weights become a version, the best version the champion.
+"""Stage register: complete the run in MLflow, make a version of the weights, and make the best version the champion.
 
-With --show or --verify it registers nothing, and tells where a registered model came from.
+With --show, --verify or --repair it registers nothing.
 """
 
+import os
 from typing import Any
+
+from gpt2.core.environment import MLFLOW_DEFAULTS
+
+os.environ.update(MLFLOW_DEFAULTS | os.environ)
 
 from gpt2.config import Params, champion_uri, load_params
 from gpt2.core.cli import Parser, run_command
@@ -12,8 +17,10 @@ from gpt2.core.files import read_json, write_json
 from gpt2.core.paths import METRICS, MODEL, PARAMS, RECEIPT, TOKENS
 from gpt2.model.weights import CONFIG, read_config, short_name
 from gpt2.tracking.lineage import checkpoint_folder
-from gpt2.tracking.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, promote, provenance, register, verify
+from gpt2.tracking.provenance import provenance
+from gpt2.tracking.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, promote, register, verify
 from gpt2.tracking.runs import MODEL_SHA256, flatten, mirror_run
+from gpt2.tracking.store import repair
 from gpt2.training.checkpoints import Checkpoints
 
 
@@ -24,17 +31,20 @@ def main() -> None:
         ("--verify", "read a model's weights, and compare their SHA-256 with the registered one"),
     ):
         parser.add_argument(name, nargs="?", const="", metavar="URI", help=f"{about} (default: the champion)")
+    parser.add_argument("--repair", action="store_true", help="mend the paths in MLflow's store after it was moved")
     arguments = parser.parse_args()
+    if arguments.repair:
+        print(repair())
     if arguments.show is not None:
         print(provenance(arguments.show or champion_uri(PARAMS)))
     if arguments.verify is not None:
         print(verify(arguments.verify or champion_uri(PARAMS)))
-    if arguments.show is None and arguments.verify is None:
+    if not arguments.repair and arguments.show is None and arguments.verify is None:
         register_results()
 
 
 def register_results() -> None:
-    """Bring what the stages before have written into MLflow."""
+    """Log the results of the stages before to MLflow, and register the model."""
     params = load_params(PARAMS)
     try:
         tags = result_tags(params)
@@ -52,10 +62,9 @@ def register_results() -> None:
 
 
 def result_tags(params: Params) -> dict[str, str]:
-    """Return what is told of a version: its weights, and how they were measured.
+    """Return the tags of a version: its weights, and how they were measured.
 
-    Raises UserError if the results are of another corpus, model, training or stride than the present parameters, under
-    which they would be recorded; KeyError or TypeError if one is not in its form.
+    Raises UserError if the results are not of the present parameters, KeyError or TypeError if a file is broken.
     """
     evaluated, sampled = (read_json(METRICS / f"{stage}.json") for stage in ("evaluate", "sample"))
     meta = read_json(TOKENS / "meta.json")

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "0")  # a training gains nothing by spinning, and slows another beside it
+from gpt2.core.environment import MLFLOW_DEFAULTS
+
+os.environ.update(MLFLOW_DEFAULTS | os.environ)
 
 from gpt2.config import ModelConfig, load_params
 from gpt2.core.cli import run_command
@@ -11,8 +13,8 @@ from gpt2.core.files import exclusive, read_json, write_json
 from gpt2.core.paths import CHECKOUT_LOCK, METRICS, MODEL, PARAMS, PLOTS, TOKENS
 from gpt2.data.batches import load_seen, load_tokens
 from gpt2.model.weights import SEEN_TOKENS, save_model
-from gpt2.tracking import runs as tracking
 from gpt2.tracking.lineage import checkpoint_folder
+from gpt2.tracking.runs import training_run
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.history import write_curves
 from gpt2.training.run import build_model, run_training
@@ -31,7 +33,7 @@ def main() -> None:
 
     # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
     with exclusive(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
-        with tracking.training_run(params) as log_metrics:
+        with training_run(params) as log_metrics:
             metrics, history = run_training(
                 model, train_tokens, val_tokens, seen, params.train, params.runtime, checkpoints, log_metrics
             )

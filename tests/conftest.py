@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import resource
 import socket
 from collections.abc import Callable, Iterator
@@ -16,11 +17,13 @@ from hypothesis import settings
 
 from gpt2.config import ModelConfig, TrainParams, check
 from gpt2.core.cli import fail
+from gpt2.core.environment import MLFLOW_DEFAULTS
 from gpt2.core.errors import UserError
 
 if TYPE_CHECKING:  # PyTorch takes seconds, also in the process that only hands out the tests
     from gpt2.model.gpt2 import GPT2Model
 
+os.environ.update(MLFLOW_DEFAULTS | os.environ)
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("quick")
 
@@ -141,16 +144,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The root of a checkout with an empty MLflow store, which tracking takes for its own."""
     import mlflow
 
-    from gpt2.tracking import runs as tracking
+    from gpt2.tracking import runs, store
 
     root = tmp_path_factory.mktemp("checkout")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("DVC_EXP_NAME", raising=False)
-        patch.setattr(tracking, "main_root", lambda: root)
-        patch.setattr(tracking, "ROOT", root)
-        patch.setattr(tracking, "RECEIPT", root / "mlartifacts" / "receipt.json")
-        patch.setattr(tracking, "train_key", lambda params: "of these parameters")
+        patch.setattr(store, "main_root", lambda: root)
+        patch.setattr(store, "ROOT", root)
+        for module in (store, runs):
+            patch.setattr(module, "RECEIPT", root / "mlartifacts" / "receipt.json")
+        patch.setattr(runs, "train_key", lambda params: "of these parameters")
         yield root
         mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # back to the default
 

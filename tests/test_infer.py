@@ -24,8 +24,9 @@ from gpt2.config import ModelConfig
 from gpt2.core.cli import run_command
 from gpt2.core.files import read_json, write_json, write_text
 from gpt2.data import tokenizer
+from gpt2.data.batches import SeenMask
 from gpt2.generation.decoder import Quantization
-from gpt2.generation.engine import Writer
+from gpt2.generation.engine import Engine
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, save_model
 
@@ -244,11 +245,11 @@ def test_session_in_a_terminal(model_folder: Path, tmp_path: Path) -> None:
 def test_quantize_is_for_the_text(run_infer: Infer, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[str] = []
 
-    def make(model: GPT2Model, rows: int, quantization: Quantization) -> Writer:
+    def make(model: GPT2Model, slots: int, seen: SeenMask | None, quantization: Quantization) -> Engine:
         given.append(quantization)
-        return Writer(model, rows, quantization)
+        return Engine(model, slots, seen, quantization)
 
-    monkeypatch.setattr(infer, "Writer", make)
+    monkeypatch.setattr(infer, "Engine", make)
     for quantize in ("int8", "none"):
         assert run_infer("--prompt", "a", "--max_tokens", "1", "--quantize", quantize)[0] == 0
     assert given == ["int8", "none"]
@@ -266,7 +267,7 @@ def test_score_is_the_plain_cross_entropy(
     monkeypatch.setattr(infer, "choose_precision", lambda *_: torch.float32)
     (tmp_path / "text").write_bytes(b"The state")
     tokens = [*tokenizer.encode("The state"), tokenizer.END_OF_TEXT_ID]
-    model, _ = load_model(model_folder)
+    model, _, _ = load_model(model_folder)
     with torch.no_grad():
         logits = model(torch.tensor([[tokenizer.END_OF_TEXT_ID, *tokens[:-1]]]))[0]
     loss = F.cross_entropy(logits, torch.tensor(tokens)).item()
@@ -342,5 +343,5 @@ def test_non_finite_weights_have_no_score(
     save_model(model, make_config(vocab_size=tokenizer.VOCAB_SIZE), tmp_path)
     code, text, report = run_infer("--score", "-", "--model", str(tmp_path), stdin="a")
     assert (code, text) == (2, "") and report.endswith(
-        "error: the model's weights are ruined: the loss is not finite\n"
+        "error: the model's weights are broken: the loss is not finite\n"
     )

@@ -77,7 +77,8 @@ def test_same_weights_give_the_same_bytes(tmp_path: Path, make_model: MakeModel,
 def test_seen_tokens_come_back(tmp_path: Path, make_model: MakeModel, make_config: Callable[..., ModelConfig]) -> None:
     seen = np.arange(61) < 50
     save_model(make_model(), make_config(), tmp_path, seen=seen)
-    assert np.array_equal(load_model(tmp_path)[2], seen)
+    loaded = load_model(tmp_path)[2]
+    assert loaded is not None and np.array_equal(loaded, seen)
     np.save(tmp_path / "seen_tokens.npy", seen[:-1])
     with pytest.raises(UserError, match="does not tell which of 61 tokens"):
         load_model(tmp_path)

@@ -156,11 +156,11 @@ def assert_complete(checkout: Path, run: Run, max_steps: int, server: str | None
         steps = [point.step for point in client.get_metric_history(run_id, name)]
         assert steps and max(steps) == max_steps and len(steps) == len(set(steps)), name
     assert run.inputs and [one.dataset.name for one in run.inputs.dataset_inputs] == ["data/raw"]
-    assert str(run.info.artifact_uri).startswith("mlflow-artifacts:/" if server else "mlartifacts/")
-    with contextlib.chdir(checkout):
-        artifacts = {
-            item.path for folder in ("config", "samples", "plots") for item in client.list_artifacts(run_id, folder)
-        }
+    location = "mlflow-artifacts:/" if server else f"{checkout.as_uri()}/mlartifacts/"
+    assert str(run.info.artifact_uri).startswith(location)
+    artifacts = {
+        item.path for folder in ("config", "samples", "plots") for item in client.list_artifacts(run_id, folder)
+    }
     assert {"config/params.yaml", "samples/samples.md", "samples/samples.json", "plots/val_loss.csv"} <= artifacts
 
 
@@ -691,7 +691,7 @@ def test_a_server_that_dies_costs_no_step(
     resume_when_points_are_due(process)
     output, errors = deserted.communicate(timeout=300)
     assert stages_run(output) == list(STAGES) and deserted.returncode == 255
-    assert "warning: MLflow's store fails, so training goes on without it" in errors
+    assert "warning: MLflow's store fails, so training continues without it" in errors
     assert len(re.findall("^error: MLflow's store fails .* run `dvc repro` again", errors, flags=re.MULTILINE)) == 1
     before = digests(folder)
 

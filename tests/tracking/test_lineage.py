@@ -36,7 +36,14 @@ def params(shipped: dict[str, Any]) -> Callable[..., Params]:
 
 
 @pytest.mark.parametrize(
-    "name", ["data/tokens/train.bin", "data/tokens/val.bin", "src/train.py", "src/gpt2/model.py", "src/gpt2/loss.py"]
+    "name",
+    [
+        "data/tokens/train.bin",
+        "data/tokens/val.bin",
+        "src/train.py",
+        "src/gpt2/model/gpt2.py",
+        "src/gpt2/training/loss.py",
+    ],
 )
 def test_train_key_changes_with_data_and_code(checkout: Path, params: Callable[..., Params], name: str) -> None:
     before = train_key(params())
@@ -45,7 +52,7 @@ def test_train_key_changes_with_data_and_code(checkout: Path, params: Callable[.
     assert train_key(params()) != before
 
 
-@pytest.mark.parametrize("name", ["src/gpt2/tracking.py", "src/gpt2/sampling.py", "src/infer.py"])
+@pytest.mark.parametrize("name", ["src/gpt2/tracking/runs.py", "src/gpt2/generation/sampling.py", "src/infer.py"])
 def test_train_key_stays_with_other_code(checkout: Path, params: Callable[..., Params], name: str) -> None:
     before = train_key(params())
     (checkout / name).unlink()

@@ -11,9 +11,11 @@ import pytest
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
 from gpt2.tracking import registry
-from gpt2.tracking import runs as tracking
-from gpt2.tracking.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, fetch_model, promote, reproduction, takes_over
-from gpt2.tracking.runs import COMMIT, MODEL_SHA256, open_store
+from gpt2.tracking import store as stores
+from gpt2.tracking.provenance import reproduction
+from gpt2.tracking.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, fetch_model, promote, should_promote
+from gpt2.tracking.runs import COMMIT, MODEL_SHA256
+from gpt2.tracking.store import open_store
 
 ErrorLine = Callable[[Callable[[], object]], str]
 
@@ -35,12 +37,12 @@ def version(number: int, loss: float, split: str = "a", stride: int = 256) -> Mo
     ],
 )
 def test_who_is_champion(challenger: ModelVersion, expected: bool, reason: str) -> None:
-    wins, verdict = takes_over(challenger, version(1, 5.0))
+    wins, verdict = should_promote(challenger, version(1, 5.0))
     assert wins is expected and reason in verdict
 
 
 def test_the_first_version_is_champion() -> None:
-    assert takes_over(version(1, 9.0), None) == (True, "no version held the alias")
+    assert should_promote(version(1, 9.0), None) == (True, "no version held the alias")
 
 
 def test_making_a_version_again_takes_its_commit_its_texts_and_tells_what_is_missing() -> None:
@@ -58,19 +60,19 @@ def test_making_a_version_again_takes_its_commit_its_texts_and_tells_what_is_mis
 
 
 def test_a_champion_whose_files_are_lost_gives_way(store: Path, tmp_path: Path) -> None:
-    with open_store():
-        client = mlflow.MlflowClient()
-        client.create_registered_model("losing")
-        for number, loss in ((1, 4.0), (2, 5.0)):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            (folder / "MLmodel").touch()
-            client.create_model_version("losing", source=str(folder), tags=version(number, loss).tags)
-        first, second = (client.get_model_version("losing", number) for number in ("1", "2"))
-        assert promote("losing", "champion", first).startswith("losing version 1 is champion")
-        assert promote("losing", "champion", second).startswith("losing version 2 is not champion")
-        shutil.rmtree(tmp_path / "1")
-        told = promote("losing", "champion", second)
+    open_store()
+    client = mlflow.MlflowClient()
+    client.create_registered_model("losing")
+    for number, loss in ((1, 4.0), (2, 5.0)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "MLmodel").touch()
+        client.create_model_version("losing", source=str(folder), tags=version(number, loss).tags)
+    first, second = (client.get_model_version("losing", number) for number in ("1", "2"))
+    assert promote("losing", "champion", first).startswith("losing version 1 is champion")
+    assert promote("losing", "champion", second).startswith("losing version 2 is not champion")
+    shutil.rmtree(tmp_path / "1")
+    told = promote("losing", "champion", second)
     assert told == "losing version 2 is champion: the files of version 1, which held it, are lost"
 
 
@@ -79,6 +81,7 @@ def test_a_download_without_files_is_not_kept(
 ) -> None:
     empty = SimpleNamespace(download_artifacts=lambda *_: None)
     monkeypatch.setattr(registry, "get_artifact_repository", lambda _: empty)
+    monkeypatch.setattr(mlflow.MlflowClient, "get_model_version_download_uri", lambda *_: "mlflow-artifacts:/1")
     monkeypatch.setattr(registry, "main_root", lambda: tmp_path)
     (tmp_path / ".cache/models").mkdir(parents=True)
     assert "config.json does not exist" in error_line(lambda: registry.local_folder(version(1, 5.0)))
@@ -88,10 +91,10 @@ def test_a_download_without_files_is_not_kept(
 @pytest.fixture(scope="module")
 def foreign_model(store: Path) -> None:
     """A registered model that another program has made."""
-    with open_store():
-        client = mlflow.MlflowClient()
-        client.create_registered_model("foreign")
-        client.create_model_version("foreign", source=str(store))
+    open_store()
+    client = mlflow.MlflowClient()
+    client.create_registered_model("foreign")
+    client.create_model_version("foreign", source=str(store))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,8 @@ def test_a_model_that_is_not_there_is_refused_by_name(
 def test_looking_for_a_model_makes_no_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_line: ErrorLine, store: Path
 ) -> None:
-    monkeypatch.setattr(tracking, "main_root", lambda: tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(stores, "main_root", lambda: tmp_path)
     assert "there is no store" in error_line(lambda: fetch_model("models:/gpt2@champion"))
     assert not (tmp_path / "mlflow.db").exists()
 
@@ -125,5 +129,6 @@ def test_a_damaged_store_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_line: ErrorLine, store: Path
 ) -> None:
     (tmp_path / "mlflow.db").write_text("no database")
-    monkeypatch.setattr(tracking, "main_root", lambda: tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(stores, "main_root", lambda: tmp_path)
     assert "MLflow's store fails (" in error_line(lambda: fetch_model("models:/gpt2@champion"))

@@ -2,16 +2,11 @@
 
 import contextlib
 import json
-import multiprocessing
 import signal
-import sqlite3
 import time
 import zlib
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pytest
@@ -22,8 +17,8 @@ from gpt2.config import Params, load_params
 from gpt2.core.errors import Stopped
 from gpt2.core.files import write_json, write_text
 from gpt2.tracking import runs as tracking
-from gpt2.tracking.database import PATH_COLUMNS
-from gpt2.tracking.runs import BATCH_LIMIT, RESULTS_KEY, SAMPLES_TABLE, mirror_run, open_store, training_run
+from gpt2.tracking.runs import BATCH_LIMIT, RESULTS_KEY, SAMPLES_TABLE, THREADS, mirror_run, training_run
+from gpt2.tracking.store import open_store
 from gpt2.training.history import write_curves
 
 
@@ -36,8 +31,7 @@ def params(request: pytest.FixtureRequest, store: Path) -> Params:
 
 
 def runs_of(params: Params) -> list[Run]:
-    with open_store() as experiment_id:
-        return mlflow.MlflowClient().search_runs([experiment_id], f"params.`train.seed` = '{params.train.seed}'")
+    return mlflow.MlflowClient().search_runs([open_store()], f"params.`train.seed` = '{params.train.seed}'")
 
 
 def points(run: Run, name: str) -> list[tuple[int, float]]:
@@ -55,11 +49,11 @@ def test_a_long_curve_is_logged_whole(params: Params) -> None:
 
 
 def test_a_deleted_experiment_is_restored(params: Params) -> None:
-    with open_store() as experiment_id:
-        mlflow.MlflowClient().delete_experiment(experiment_id)
-    with open_store() as restored:
-        assert restored == experiment_id
-        assert mlflow.MlflowClient().get_experiment(restored).lifecycle_stage == "active"
+    experiment_id = open_store()
+    mlflow.MlflowClient().delete_experiment(experiment_id)
+    restored = open_store()
+    assert restored == experiment_id
+    assert mlflow.MlflowClient().get_experiment(restored).lifecycle_stage == "active"
 
 
 def test_a_training_leaves_a_finished_run(params: Params, store: Path) -> None:
@@ -83,7 +77,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files of a pipeline's stages that a mirror shows, in a folder of their own."""
     for name in ("METRICS", "PLOTS", "SAMPLES", "TOKENS"):
         monkeypatch.setattr(tracking, name, tmp_path / name.lower())
-    write_json(tmp_path / "metrics/train.json", {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10})
+    write_json(tmp_path / "metrics/train.json", {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10, "threads": 2})
     write_json(tmp_path / "metrics/evaluate.json", {"loss": 4.0, "perplexity": 54.6, "bits_per_byte": 1.5})
     write_json(tmp_path / "metrics/sample.json", SAMPLED | {"model": "79bb2d9d"})
     write_curves([(1, {"train/loss": 5.0}), (2, {"train/loss": 4.0})], tmp_path / "plots")
@@ -98,8 +92,8 @@ def assert_mirrored(run: Run, params: Params) -> None:
     for name, value in final.items():
         assert points(run, name) == [(params.train.max_steps, value)], name
     assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)]
-    with open_store():
-        samples = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{SAMPLES_TABLE}"))
+    assert run.data.tags[THREADS] == "2"
+    samples = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{SAMPLES_TABLE}"))
     assert samples["data"] == [["The", 40, None, None, "end"], ["A", None, 0.9, 0.1, "end"]]
 
 
@@ -242,10 +236,10 @@ def test_a_store_that_cannot_be_fails_no_training_and_takes_no_time(
     with training_run(params) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
     assert time.monotonic() < begun + 20
-    assert capsys.readouterr().err.startswith("warning: MLflow's store fails, so training goes on without it")
+    assert capsys.readouterr().err.startswith("warning: MLflow's store fails, so training continues without it")
 
 
-def test_the_run_of_a_killed_experiment_goes_on_under_another_name(
+def test_the_run_of_a_killed_experiment_is_resumed_under_another_name(
     params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DVC draws a new name whenever none is given; a run that has finished belongs to the experiment of its name."""
@@ -268,145 +262,3 @@ def test_the_run_of_a_killed_experiment_goes_on_under_another_name(
 def test_flatten_joins_names_and_keeps_lists() -> None:
     flat = tracking.flatten({"a": {"b": {"c": 1}, "d": [{"e": 2}]}, "f": None})
     assert flat == {"a.b.c": 1, "a.d": [{"e": 2}], "f": None}
-
-
-# Its processes have opened no store yet, since MLflow remembers stores, but have loaded what takes long to load.
-FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "pandas", "torch"])
-OPENING = """
-import os
-from pathlib import Path
-os.environ.pop("MLFLOW_TRACKING_URI", None)
-import mlflow
-from gpt2.tracking import runs as tracking
-tracking.main_root = lambda: root
-"""
-
-
-def start(root: Path, script: str) -> tuple[ForkServerProcess, Connection]:
-    """Run a script in a process of its own, with `root` as the main checkout; it gives its result to `answer`."""
-    answers, sender = FRESH.Pipe(duplex=False)
-    process = FRESH.Process(target=exec, args=(OPENING + script, {"root": root, "answer": sender.send}))
-    process.start()
-    return process, answers
-
-
-def answer_of(root: Path, script: str) -> Any:
-    """Run a script like `start`, and return its answer."""
-    process, answers = start(root, script)
-    process.join(240)
-    assert process.exitcode == 0
-    return answers.recv()
-
-
-LOG = """
-with tracking.open_store() as experiment_id, mlflow.start_run(experiment_id=experiment_id) as run:
-    mlflow.log_text("kept", "note.txt")
-answer(run.info.run_id)
-"""
-OTHER_DATABASE = """
-os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///tracking.db"
-"""
-# What `mlflow ui` does: nothing of this project, in the folder where it is called.
-READ = """
-os.chdir(root)
-mlflow.set_tracking_uri("sqlite:///mlflow.db")
-answer(mlflow.artifacts.load_text("runs:/{run}/note.txt"))
-"""
-
-
-@pytest.mark.slow
-def test_another_database_in_a_moved_checkout_is_used_where_it_is(tmp_path: Path) -> None:
-    old, new = tmp_path / "old", tmp_path / "new"
-    old.mkdir()
-    answer_of(old, OTHER_DATABASE + LOG)
-    assert (old / "tracking.db").exists() and not (old / "mlflow.db").exists()
-    old.rename(new)
-    after = answer_of(new, OTHER_DATABASE + LOG)
-    assert (new / "mlartifacts" / after / "artifacts" / "note.txt").is_file()
-    assert not old.exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("made", ["relative", "absolute"])
-def test_a_moved_store_is_used_where_it_is(tmp_path: Path, made: str) -> None:
-    old, new = tmp_path / "old", tmp_path / "new? 100%25 & #1"
-    old.mkdir()
-    before = answer_of(old, LOG)
-    if made == "absolute":
-        make_paths_absolute(old)
-        answer_of(old, LOG)
-    old.rename(new)
-    assert answer_of(new, READ.format(run=before)) == "kept"
-    after = answer_of(new, LOG)
-    assert (new / "mlartifacts" / after / "artifacts" / "note.txt").is_file()
-    assert not old.exists()
-
-
-def make_paths_absolute(root: Path) -> None:
-    """Change a store as MLflow would have written it by itself."""
-    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as connection, connection:
-        for table, column in PATH_COLUMNS:
-            connection.execute(f"UPDATE {table} SET {column} = ? || {column}", (f"file://{root}/",))
-
-
-@pytest.mark.slow
-def test_a_servers_experiment_keeps_its_paths(tmp_path: Path) -> None:
-    location = answer_of(tmp_path, SERVED)
-    assert location == "mlflow-artifacts:/1"
-
-
-SERVED = """
-tracking._make_database(root / "mlflow.db")
-mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
-served = mlflow.create_experiment("gpt2", artifact_location="mlflow-artifacts:/1")
-with tracking.open_store() as experiment_id:
-    assert experiment_id == served
-    answer(mlflow.get_experiment(experiment_id).artifact_location)
-"""
-MANY = """
-import time
-from gpt2.tracking.runs import open_store
-children = []
-start = time.time() + 1
-for _ in range(20):
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            time.sleep(max(0, start - time.time()))
-            with open_store() as experiment_id:
-                assert mlflow.MlflowClient().get_experiment_by_name("gpt2").experiment_id == experiment_id
-            status = 0
-        finally:
-            os._exit(status)
-    children.append(child)
-answer({os.waitpid(child, 0)[1] for child in children})
-"""
-# Making the store takes about 70 commits.
-DIE_AT_A_COMMIT = """
-import itertools, signal, sqlalchemy
-numbers = itertools.count(1)
-def commit(connection):
-    if next(numbers) == {}:
-        os.kill(os.getpid(), signal.SIGKILL)
-sqlalchemy.event.listen(sqlalchemy.Engine, "commit", commit)
-"""
-
-
-@pytest.mark.slow
-def test_twenty_processes_open_a_missing_store_at_once(tmp_path: Path) -> None:
-    assert answer_of(tmp_path, MANY) == {0}
-
-
-@pytest.mark.slow
-def test_a_process_that_is_killed_while_it_makes_the_store_leaves_none(tmp_path: Path) -> None:
-    for commits in (1, 20, 60):
-        for left in tmp_path.glob("mlflow.db*"):
-            left.unlink()
-        process, _ = start(tmp_path, DIE_AT_A_COMMIT.format(commits) + LOG)
-        process.join(240)
-        assert process.exitcode == -signal.SIGKILL
-        assert not (tmp_path / "mlflow.db").exists(), "killed too late to show anything"
-        assert list(tmp_path.glob("mlflow.db*"))
-    assert answer_of(tmp_path, LOG)

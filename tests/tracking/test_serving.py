@@ -18,12 +18,12 @@ from mlflow.pyfunc import PyFuncModel
 
 from gpt2.config import ModelConfig
 from gpt2.data.tokenizer import VOCAB_SIZE
-from gpt2.generation.engine import MAX_ROWS, GenerationSettings, Text, write_all
+from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, save_model
 from gpt2.tracking import serving
 from gpt2.tracking.registry import FOLDER, SIGNATURE
-from gpt2.tracking.serving import SharedWriter, TextGenerator, refuse_unknown_params
+from gpt2.tracking.serving import SharedEngine, TextGenerator, refuse_unknown_params
 
 PROMPTS = pd.DataFrame({"prompt": ["The war", "One nation"]})
 
@@ -59,8 +59,10 @@ def texts(served: PyFuncModel, **params: Any) -> list[str]:
 
 
 def by_hand(weights: Path, **settings: Any) -> list[str]:
-    model, _ = load_model(weights)
-    return write_all(model, [Text(prompt, GenerationSettings(**settings)) for prompt in PROMPTS["prompt"]])
+    model, _, _ = load_model(weights)
+    return Engine(model, MAX_SLOTS).generate_all(
+        [Request(prompt, GenerationSettings(**settings)) for prompt in PROMPTS["prompt"]]
+    )
 
 
 def test_predict_writes_what_the_library_does(served: PyFuncModel, weights: Path) -> None:
@@ -76,42 +78,42 @@ def test_predict_stream_yields_the_same_in_parts(served: PyFuncModel) -> None:
 
 
 def test_a_text_that_is_not_read_on_is_not_written_on(weights: Path) -> None:
-    model, _ = load_model(weights)
-    text = Text("The war", GenerationSettings(max_tokens=2**31 - 1, seed=1))
-    writer = SharedWriter(model)
-    [parts] = writer.submit([text])
+    model, _, _ = load_model(weights)
+    text = Request("The war", GenerationSettings(max_tokens=2**31 - 1, seed=1))
+    engine = SharedEngine(Engine(model, MAX_SLOTS))
+    [parts] = engine.submit([text])
     next(parts)
-    assert not text.ended
+    assert not text.finished
     parts.close()
-    [other] = writer.submit([Text("One nation", GenerationSettings(max_tokens=2, seed=1))])
+    [other] = engine.submit([Request("One nation", GenerationSettings(max_tokens=2, seed=1))])
     assert len(list(other)) == 2
-    assert text.ended
+    assert text.finished
 
 
 def test_a_request_that_mlflow_has_given_up_is_not_written_on(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "REQUEST_SECONDS", 0.2)
-    model, _ = load_model(weights)
+    model, _, _ = load_model(weights)
     generator = TextGenerator()
-    generator.writer = SharedWriter(model)
-    endless = [Text("The war", GenerationSettings(max_tokens=2**31 - 1, seed=1)) for _ in range(2 * MAX_ROWS)]
-    monkeypatch.setattr(generator, "_texts", lambda *_: endless)
+    generator.engine = SharedEngine(Engine(model, MAX_SLOTS))
+    endless = [Request("The war", GenerationSettings(max_tokens=2**31 - 1, seed=1)) for _ in range(2 * MAX_SLOTS)]
+    monkeypatch.setattr(generator, "_requests", lambda *_: endless)
     with pytest.raises(Empty):
         generator.predict(None, PROMPTS)  # type: ignore[arg-type]
     monkeypatch.setattr(serving, "REQUEST_SECONDS", 60.0)
-    [other] = generator.writer.submit([Text("One nation", GenerationSettings(max_tokens=2, seed=1))])
+    [other] = generator.engine.submit([Request("One nation", GenerationSettings(max_tokens=2, seed=1))])
     assert len(list(other)) == 2
-    assert all(text.ended for text in endless)
-    assert not any(text.written for text in endless[MAX_ROWS:])
-    assert all(text.seen_from is None for text in endless[MAX_ROWS:])  # the model has not even read them
+    assert all(text.finished for text in endless)
+    assert not any(text.generated for text in endless[MAX_SLOTS:])
+    assert all(text.context_start is None for text in endless[MAX_SLOTS:])  # the model has not even read them
 
 
 def test_a_model_that_is_no_longer_used_is_freed(weights: Path) -> None:
-    model, _ = load_model(weights)
-    writer = SharedWriter(model)
-    for parts in writer.submit([Text("The war", GenerationSettings(max_tokens=2, seed=1))]):
+    model, _, _ = load_model(weights)
+    engine = SharedEngine(Engine(model, MAX_SLOTS))
+    for parts in engine.submit([Request("The war", GenerationSettings(max_tokens=2, seed=1))]):
         assert len(list(parts)) == 2
     freed = weakref.ref(model)
-    del model, writer, parts
+    del model, engine, parts
     deadline = time.monotonic() + 60
     while freed():
         assert time.monotonic() < deadline
@@ -170,12 +172,12 @@ def test_a_prompt_that_is_none_is_the_clients_error(served: PyFuncModel, prompt:
 def test_what_breaks_a_text_reaches_its_reader_and_the_next_is_tried_anew(
     served: PyFuncModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: Text, logits: object) -> Iterator[str]:
+    def fail(self: Request, logits: object) -> Iterator[str]:
         raise RuntimeError("broken on purpose")
 
     before = texts(served)
     with monkeypatch.context() as patch:
-        patch.setattr(Text, "write", fail)
+        patch.setattr(Request, "add_token", fail)
         with pytest.raises(RuntimeError, match="on purpose"):
             texts(served)
     assert texts(served) == before

@@ -11,9 +11,6 @@ from typing import NoReturn
 
 from gpt2.core.errors import Stopped, UserError
 
-# A script imports this file before PyTorch: Ctrl-C in the seconds that takes shows no traceback either.
-sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
-
 
 class Parser(argparse.ArgumentParser):
     """An argparse whose errors are the project's one line."""

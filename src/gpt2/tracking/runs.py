@@ -1,128 +1,42 @@
 """Runs in MLflow: a live view of training, and the mirror of the pipeline's files, which can be rebuilt from them."""
 
-import contextlib
 import json
-import logging
-import os
 import platform
-import sqlite3
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-# A server that does not answer is given up in seconds, not in MLflow's quarter of an hour.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
 import pandas as pd
 import torch
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import Metric, Run
-from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
-from sqlalchemy.exc import SQLAlchemyError
 
 from gpt2.config import Params
 from gpt2.core.device import choose_device
 from gpt2.core.errors import UserError
-from gpt2.core.files import exclusive, read_json, sha256_of
-from gpt2.core.paths import METRICS, PARAMS, PLOTS, RECEIPT, ROOT, SAMPLES, TOKENS, experiment_name, main_root
-from gpt2.tracking.database import ARTIFACTS, check_database, database_uri, make_paths_relative
+from gpt2.core.files import read_json, sha256_of
+from gpt2.core.paths import METRICS, PARAMS, PLOTS, RECEIPT, SAMPLES, TOKENS, experiment_name
 from gpt2.tracking.lineage import git_commit, hash_of, run_key, train_key
+from gpt2.tracking.store import STORE_ERRORS, open_store
 from gpt2.training.history import LogMetrics, read_curves
 
-EXPERIMENT = "gpt2"
 FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
 BATCH_LIMIT = 1000  # points in one call, MLflow's own limit
-# The last two: a database whose driver is not installed, and an address that is none.
-STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError, ValueError)
 SAMPLES_TABLE = "samples/samples.json"
 
 TRAIN_KEY, RUN_KEY, RESULTS_KEY = "gpt2.train_key", "gpt2.run_key", "gpt2.results_key"
 MODEL_SHA256 = "gpt2.model_sha256"
-EXPERIMENT_NAME, COMMIT, ENVIRONMENT = "dvc.experiment", "mlflow.source.git.commit", "gpt2.environment"
-
-
-def store_lock() -> contextlib.AbstractContextManager[None]:
-    """Return the lock under which processes of this checkout and its experiments change the store's structure."""
-    return exclusive(main_root() / ".cache" / "mlflow.lock", "another process changes MLflow's store")
-
-
-@contextlib.contextmanager
-def open_store() -> Iterator[str]:
-    """Connect to the store, making it if need be, and yield the id of the experiment. Raises one of STORE_ERRORS."""
-    with connected(make=True) as database:
-        with store_lock():
-            experiment_id = _open_experiment(database)
-        yield experiment_id
-
-
-@contextlib.contextmanager
-def connected(make: bool = False) -> Iterator[Path | None]:
-    """Let the block use the store; yield its database's path, or None if it has another address than a file's.
-
-    The store is the one that MLFLOW_TRACKING_URI names, else mlflow.db in the main checkout. A database in the checkout
-    holds relative paths, so that the checkout can be moved: the block runs in the main checkout's folder.
-    Raises one of STORE_ERRORS, also if there is no database and none is to be made.
-    """
-    for chatty in ("alembic", "mlflow"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # its errors are raised as well
-    warnings.filterwarnings("ignore", module=r"mlflow\.")  # advice on schemas and input examples
-    root = main_root()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"  # MLflow sets the variable to what it uses
-    # A relative one would lie in an experiment's folder, and be deleted with it.
-    database = root / uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
-    with contextlib.chdir(root):
-        if database:
-            with store_lock():  # processes that make a database at once would break it
-                if not make and not database.exists():
-                    raise MlflowException(f"there is no store {database} yet", RESOURCE_DOES_NOT_EXIST)
-                _make_database(database)
-            uri = database_uri(database, root)
-        mlflow.set_tracking_uri(uri)
-        yield database
-
-
-def _make_database(database: Path) -> None:
-    """Make an empty store if there is none; a process that is killed meanwhile leaves none."""
-    if database.exists():
-        return check_database(database)
-    unfinished = database.with_name(f"{database.name}.partial")
-    unfinished.unlink(missing_ok=True)
-    check_database(unfinished)
-    mlflow.set_tracking_uri(database_uri(unfinished, main_root()))
-    mlflow.MlflowClient().search_experiments()
-    unfinished.replace(database)
-
-
-def _open_experiment(database: Path | None) -> str:
-    """Return the experiment's id, making it if need be; the paths in a database in the checkout are made relative."""
-    client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        (main_root() / RECEIPT.relative_to(ROOT)).unlink(missing_ok=True)  # it spoke of another store
-        location = (database.parent / ARTIFACTS).as_uri() if database else None
-        experiment = client.get_experiment(client.create_experiment(EXPERIMENT, artifact_location=location))
-    if experiment.lifecycle_stage == "deleted":
-        client.restore_experiment(experiment.experiment_id)
-    location = str(experiment.artifact_location)
-    is_ours = location.startswith("file:") and location.endswith(f"/{ARTIFACTS}")  # no server has made it
-    if is_ours and database and database.is_relative_to(main_root()):
-        make_paths_relative(database, location)
-    return experiment.experiment_id
+EXPERIMENT_NAME, COMMIT = "dvc.experiment", "mlflow.source.git.commit"
+ENVIRONMENT, THREADS = "gpt2.environment", "gpt2.threads"
 
 
 class Tracker:
-    """Logs metrics to one run, in batches, and never a point of a curve that the run has already."""
+    """Logs metrics to one run in batches, and skips points that the run has already."""
 
     def __init__(self, run: Run) -> None:
         self._run_id = run.info.run_id
@@ -153,54 +67,49 @@ class Tracker:
             self._client.log_batch(self._run_id, metrics=points[start : start + BATCH_LIMIT])
 
 
-@contextlib.contextmanager
+@contextmanager
 def training_run(params: Params) -> Iterator[LogMetrics]:
-    """Open the run that a training logs to, or one that register never completed; yield the function that logs to it.
+    """Open the run that a training logs to, or resume one that register never completed; yield the function that logs.
 
-    From here on the run is incomplete until register has been run, so register's receipt is withdrawn. A store that
-    fails stops the logging, not the training: register completes the run from the files.
+    The run is incomplete until register has been run, so register's receipt is withdrawn. A store that fails stops the
+    logging, not the training: register completes the run from the files.
     """
     RECEIPT.unlink(missing_ok=True)
     tracker: Tracker | None = None
-    run = contextlib.ExitStack()
-    outcome: Any = (None, None, None)
+    run = ExitStack()
 
-    def attempt(action: Callable[[], Any]) -> None:
+    def attempt(action: Callable[[], Any]) -> Any:
         nonlocal tracker
         try:
-            action()
+            return action()
         except Exception as error:  # also what a database's driver may raise
-            _warn(error)
+            message = " ".join(str(error).split())
+            print(f"warning: MLflow's store fails, so training continues without it ({message})", file=sys.stderr)
             tracker = None
-
-    def open_run() -> None:
-        nonlocal tracker
-        tracker = Tracker(run.enter_context(_open_run(params)))
 
     def log_metrics(step: int, metrics: dict[str, float]) -> None:
         if tracker:
             attempt(partial(tracker.log_metrics, step, metrics))
 
-    attempt(open_run)
+    tracker = attempt(lambda: Tracker(run.enter_context(_open_run(params))))
     try:
         yield log_metrics
-    except BaseException:
-        outcome = sys.exc_info()
-        raise
     finally:
+        outcome = sys.exc_info()
         if tracker:
             attempt(tracker.flush)
         attempt(partial(run.__exit__, *outcome))  # the store may be back
 
 
-@contextlib.contextmanager
+@contextmanager
 def mirror_run(params: Params, model_sha256: str) -> Iterator[Run]:
-    """Open the run of the pipeline's present files, completed from them, or made anew if the store has none.
+    """Open the run of the pipeline's present files, and complete it from them; make it if the store has none.
 
     Raises UserError or OSError if a file is missing, UserError if one is broken or the store fails.
     """
     try:
         metrics, curves, documents = _final_metrics(), read_curves(PLOTS), pd.read_csv(TOKENS / "documents.csv")
+        threads = read_json(METRICS / "train.json")["threads"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the results cannot be read ({error}); run `dvc repro`") from None
     tables = (METRICS / "evaluate.json", METRICS / "sample.json", SAMPLES / "samples.csv", TOKENS / "meta.json")
@@ -213,7 +122,7 @@ def mirror_run(params: Params, model_sha256: str) -> Iterator[Run]:
                     tracker.log_metrics(step, {name: value})
             tracker.log_metrics(params.train.max_steps, metrics)
             tracker.flush()
-            mlflow.set_tags({MODEL_SHA256: model_sha256, RESULTS_KEY: results})
+            mlflow.set_tags({MODEL_SHA256: model_sha256, RESULTS_KEY: results, THREADS: threads})
             _log_files(run)
             if not (run.inputs and run.inputs.dataset_inputs):
                 digest = read_json(TOKENS / "meta.json")["splits"]["train"]["sha256"][:32]
@@ -235,13 +144,13 @@ def _log_files(run: Run) -> None:
         mlflow.log_table(samples, SAMPLES_TABLE)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
-    """Open the latest run that fits, or a new one.
+    """Open the latest run of these parameters that fits, or a new one.
 
-    For a training (no results yet), it has the same parameters and has not been completed by register: a run of the
-    same experiment, or an unfinished one, which is dead, since only one process at a time runs a training.
-    With results, it has these or none yet; outside experiments, an experiment's finished run will do.
+    A training resumes a run that register has not completed: one of the same experiment, or an unfinished one. (That is
+    dead, since only one process at a time runs a training.) The mirror of results takes a run of the same experiment
+    that has these results, or none yet; outside experiments, it takes an experiment's finished run too.
     """
     name, key = experiment_name(), train_key(params)
     tags = {TRAIN_KEY: key, RUN_KEY: run_key(params, key)}
@@ -254,46 +163,36 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
         tags[ENVIRONMENT] = _environment(choose_device(params.runtime.device))
 
     def fits(run: Run) -> bool:
-        same_experiment = run.data.tags.get(EXPERIMENT_NAME) == name
+        same, finished = run.data.tags.get(EXPERIMENT_NAME) == name, run.info.status == "FINISHED"
         if results is None:
-            return RESULTS_KEY not in run.data.tags and (same_experiment or run.info.status != "FINISHED")
-        is_ours = same_experiment or (name is None and run.info.status == "FINISHED")
-        return is_ours and run.data.tags.get(RESULTS_KEY, results) == results
+            return RESULTS_KEY not in run.data.tags and (same or not finished)
+        return (same or (name is None and finished)) and run.data.tags.get(RESULTS_KEY, results) == results
 
-    with open_store() as experiment_id:
-        runs = mlflow.MlflowClient().search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{tags[RUN_KEY]}'")
-        found = next(filter(fits, runs), None)
-        with mlflow.start_run(
-            run_id=found.info.run_id if found else None,
-            experiment_id=experiment_id,
-            tags=None if found and results else tags,
-            log_system_metrics=results is None,
-        ) as run:
-            if results is None and name is None and found and EXPERIMENT_NAME in found.data.tags:
-                mlflow.delete_tag(EXPERIMENT_NAME)
-            mlflow.log_params(_shown_params(params))
-            try:
-                yield mlflow.get_run(run.info.run_id)
-            except (KeyboardInterrupt, SystemExit):
-                mlflow.end_run("KILLED")
-                raise
+    experiment_id = open_store()
+    runs = mlflow.MlflowClient().search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{tags[RUN_KEY]}'")
+    found = next(filter(fits, runs), None)
+    with mlflow.start_run(
+        run_id=found.info.run_id if found else None,
+        experiment_id=experiment_id,
+        tags=None if found and results else tags,
+        log_system_metrics=results is None,
+    ) as run:
+        if results is None and name is None and found and EXPERIMENT_NAME in found.data.tags:
+            mlflow.delete_tag(EXPERIMENT_NAME)
+        flat = flatten(params.model_dump(by_alias=True, exclude_none=True))
+        mlflow.log_params({key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()})
+        try:
+            yield mlflow.get_run(run.info.run_id)
+        except (KeyboardInterrupt, SystemExit):
+            mlflow.end_run("KILLED")
+            raise
 
 
 def _environment(device: torch.device) -> str:
     """Return what a training's bytes depend on besides its inputs, in words."""
-    match device.type:
-        case "cuda":
-            hardware = torch.cuda.get_device_name(device)
-        case "cpu":
-            hardware = torch.backends.cpu.get_cpu_capability()
-        case other:
-            hardware = other
+    cpu = torch.backends.cpu.get_cpu_capability()
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {cpu}"
     return f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}, {hardware}"
-
-
-def _shown_params(params: Params) -> dict[str, str]:
-    flat = flatten(params.model_dump(by_alias=True, exclude_none=True))
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in flat.items()}
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -305,7 +204,7 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _final_metrics() -> dict[str, float]:
-    """Return what has one value for a run: the test split's scores, the samples' and the training's size."""
+    """Return the metrics of the whole run: scores of the test split and the samples, and the size of the training."""
     evaluated, sampled, trained = (read_json(METRICS / f"{stage}.json") for stage in ("evaluate", "sample", "train"))
     return {
         **{f"test/{name}": evaluated[name] for name in ("loss", "perplexity", "bits_per_byte")},
@@ -313,8 +212,3 @@ def _final_metrics() -> dict[str, float]:
         **{f"train/{name}": trained[name] for name in ("tokens", "peak_memory_bytes")},
         "model/parameters": trained["parameters"],
     }
-
-
-def _warn(error: Exception) -> None:
-    message = " ".join(str(error).split())
-    print(f"warning: MLflow's store fails, so training goes on without it ({message})", file=sys.stderr)

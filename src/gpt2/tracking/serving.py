@@ -17,68 +17,67 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from gpt2.config import check
 from gpt2.core.errors import UserError
-from gpt2.generation.engine import MAX_ROWS, GenerationSettings, Text, Writer
-from gpt2.model.gpt2 import GPT2Model
+from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
 from gpt2.model.weights import load_model
 
 NONE_IF_FALSE = ("top_k", "top_p", "min_p", "stop")  # a schema knows no null; 0 and "" stand for it
-# After which MLflow's server answers that a request has taken too long; it does not stop what computes the answer.
+# MLflow's server then answers that the request took too long, but does not stop the work.
 REQUEST_SECONDS = float(os.environ.get("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", threading.TIMEOUT_MAX))
 
 
-class SharedWriter:
-    """Lets many threads write with one model: their texts grow side by side, those that came first first."""
+class SharedEngine:
+    """Lets many threads generate with one model: their texts grow side by side, those that came first first."""
 
-    def __init__(self, model: GPT2Model) -> None:
-        self._writer = Writer(model, MAX_ROWS)
-        self._waiting: deque[Text] = deque()
-        self._readers: dict[Text, SimpleQueue[str | Exception | None]] = {}
-        self._writes = False  # a thread; it ends when no text is left, and then the model may be freed
-        self._lock = threading.Lock()  # whatever waits has a reader, and a thread that writes
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._waiting: deque[Request] = deque()
+        self._readers: dict[Request, SimpleQueue[str | Exception | None]] = {}
+        self._is_running = False  # a thread; it ends when no request is left, and then the model may be freed
+        self._lock = threading.Lock()  # whatever waits has a reader, and a thread that generates
 
-    def submit(self, texts: list[Text]) -> list[Generator[str]]:
-        """Return what each text goes on with, part by part.
+    def submit(self, requests: list[Request]) -> list[Generator[str]]:
+        """Return each request's text, part by part.
 
-        Reading raises what went wrong in writing, and queue.Empty if the text has not ended after REQUEST_SECONDS. A
-        text that is no longer read is no longer written.
+        Reading raises what went wrong in generation, and queue.Empty if the text has not ended after REQUEST_SECONDS. A
+        text that is no longer read is cancelled.
         """
-        readers: list[SimpleQueue[str | Exception | None]] = [SimpleQueue() for _ in texts]
+        readers: list[SimpleQueue[str | Exception | None]] = [SimpleQueue() for _ in requests]
         with self._lock:
-            if not self._writes:
-                threading.Thread(target=self._write, daemon=True).start()
-                self._writes = True
-            self._readers.update(zip(texts, readers, strict=True))
-            self._waiting.extend(texts)
+            if not self._is_running:
+                threading.Thread(target=self._run, daemon=True).start()
+                self._is_running = True
+            self._readers.update(zip(requests, readers, strict=True))
+            self._waiting.extend(requests)
         deadline = time.monotonic() + REQUEST_SECONDS
-        return [self._read(text, reader, deadline) for text, reader in zip(texts, readers, strict=True)]
+        return [self._read(request, reader, deadline) for request, reader in zip(requests, readers, strict=True)]
 
     @staticmethod
-    def _read(text: Text, reader: "SimpleQueue[str | Exception | None]", deadline: float) -> Generator[str]:
+    def _read(request: Request, reader: "SimpleQueue[str | Exception | None]", deadline: float) -> Generator[str]:
         try:
             while (part := reader.get(timeout=max(0, deadline - time.monotonic()))) is not None:
                 if isinstance(part, Exception):
                     raise part
                 yield part
         finally:
-            text.abandoned = True
+            request.cancelled = True
 
-    def _write(self) -> None:
+    def _run(self) -> None:
         while True:
             try:
-                for text, part in self._writer.write(self._waiting):
-                    reader = self._readers[text]
+                for request, part in self._engine.generate(self._waiting):
+                    reader = self._readers[request]
                     reader.put(part)
-                    if text.ended:
-                        del self._readers[text]
+                    if request.finished:
+                        del self._readers[request]
                         reader.put(None)
-            except Exception as error:  # every reader learns of it, and the next texts are tried anew
+            except Exception as error:  # every reader learns of it, and the next requests are tried anew
                 with self._lock:
                     self._waiting.clear()
                     while self._readers:
                         self._readers.popitem()[1].put(error)
             with self._lock:
                 if not self._waiting:
-                    self._writes = False
+                    self._is_running = False
                     return
 
 
@@ -90,8 +89,8 @@ class TextGenerator(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights once, verified."""
-        model, _ = load_model(Path(context.artifacts["model"]))
-        self.writer = SharedWriter(model)
+        model, _, seen = load_model(Path(context.artifacts["model"]))
+        self.engine = SharedEngine(Engine(model, MAX_SLOTS, seen))
         logger = logging.getLogger("mlflow.models.utils")
         logger.setLevel(logging.WARNING)
         logger.addFilter(refuse_unknown_params)
@@ -100,33 +99,33 @@ class TextGenerator(PythonModel):
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """Return the text that follows each prompt, one row each."""
-        texts = self._texts(list(model_input["prompt"]), params)
+        requests = self._requests(list(model_input["prompt"]), params)
         try:
-            return pd.DataFrame({"text": ["".join(parts) for parts in self.writer.submit(texts)]})
+            return pd.DataFrame({"text": ["".join(parts) for parts in self.engine.submit(requests)]})
         finally:
-            for text in texts:  # those that wait behind one that failed
-                text.abandoned = True
+            for request in requests:  # those that wait behind one that failed
+                request.cancelled = True
 
     def predict_stream(
         self, context: PythonModelContext, model_input: dict[str, str], params: dict[str, Any] | None = None
     ) -> Iterator[str]:
-        """Yield the text that follows one prompt, {"prompt": ...}, part by part as it is written."""
-        [parts] = self.writer.submit(self._texts([model_input["prompt"]], params))
+        """Yield the text that follows one prompt, {"prompt": ...}, part by part as it is generated."""
+        [parts] = self.engine.submit(self._requests([model_input["prompt"]], params))
         yield from parts
 
-    def _texts(self, prompts: list[str], params: dict[str, Any] | None) -> list[Text]:
+    def _requests(self, prompts: list[str], params: dict[str, Any] | None) -> list[Request]:
         given = {name: (value or None) if name in NONE_IF_FALSE else value for name, value in (params or {}).items()}
         try:
             if not all(isinstance(prompt, str) for prompt in prompts):
                 raise UserError("a prompt is no text")
             settings = check(GenerationSettings, {"seed": 0, **given}, "params")
-            return [Text(prompt, settings) for prompt in prompts]
+            return [Request(prompt, settings) for prompt in prompts]
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 
 
 def refuse_unknown_params(record: logging.LogRecord) -> bool:
-    """Raise MlflowException for the warning with which MLflow would pass over params that this signature lacks."""
+    """Raise MlflowException where MLflow would only warn of params that the signature does not have."""
     message = record.getMessage()
     if "Unrecognized params" in message and all(f"'{name}'" in message for name in GenerationSettings.model_fields):
         told = message.replace(" are ignored for inference", "").partition(" To enable them")[0]

@@ -89,8 +89,12 @@ class Bigrams(NamedTuple):
     counts: Tensor  # (M,), how often a token is followed by any
 
     def after(self, tokens: Tensor) -> Tensor:
-        """Return the probabilities (S, M) of all that may follow tokens (S,)."""
-        return self.backoff[tokens, None] * self.continuation + self.probability.index_select(0, tokens).to_dense()
+        """Return the probabilities (S, M) of all that may follow different tokens (S,)."""
+        rows = self.backoff[tokens, None] * self.continuation
+        row_of = torch.full_like(self.counts, -1, dtype=torch.long).index_copy_(0, tokens, torch.arange(len(tokens)))
+        (first, second), probability = self.probability.indices(), self.probability.values()
+        pairs = (row_of[first] >= 0).nonzero()[:, 0]
+        return rows.index_put_((row_of[first[pairs]], second[pairs]), probability[pairs], accumulate=True)
 
 
 def count_bigrams(text: Tensor, different: int) -> Bigrams:
@@ -99,7 +103,7 @@ def count_bigrams(text: Tensor, different: int) -> Bigrams:
     counts = torch.bincount(text[:-1], minlength=different).float().clamp(min=1)
     backoff = DISCOUNT * torch.bincount(first, minlength=different) / counts
     continuation = torch.bincount(second, minlength=different).float().clamp(min=UNSEEN_COUNT)
-    probability = _sparse(first, second, (pair_counts - DISCOUNT) / counts[first], counts)
+    probability = _sparse(first, second, (pair_counts - DISCOUNT) / counts[first], (different, different))
     return Bigrams(probability, backoff, continuation / continuation.sum(), counts)
 
 
@@ -108,14 +112,14 @@ def _factors(bigrams: Bigrams, rank: int) -> tuple[Tensor, Tensor]:
 
     Rows of the first have norm 1, since layer norm takes their norm away; the second is fitted to them.
     """
-    (first, second), counts = bigrams.probability.indices(), bigrams.counts
+    (first, second), counts, shape = bigrams.probability.indices(), bigrams.counts, bigrams.probability.shape
     backed_off = bigrams.backoff[first] * bigrams.continuation[second]
     ratio = torch.log1p(bigrams.probability.values() / backed_off)  # (P,)
-    left, singular_values, _ = torch.svd_lowrank(_sparse(first, second, ratio * counts.sqrt()[first], counts), q=rank)
+    left, singular_values, _ = torch.svd_lowrank(_sparse(first, second, ratio * counts.sqrt()[first], shape), q=rank)
     before = F.normalize(left * singular_values.sqrt(), dim=1)
     weights = counts**LEAST_SQUARES_POWER
     gram = _with_ridge(before.T @ (before * weights[:, None]), FACTOR_RIDGE)  # (K, K)
-    moments = _sparse(second, first, ratio * weights[first], counts) @ before  # (M, K)
+    moments = _sparse(second, first, ratio * weights[first], shape) @ before  # (M, K)
     return before, torch.linalg.solve(gram, moments.T).T
 
 
@@ -203,7 +207,8 @@ def _moments(
     def seen(back: int) -> Tensor:
         """Return each token's fraction of the text times the mean embedding of the token so far back: (M, C)."""
         tokens, earlier, counts = _count_pairs(text, text.roll(back), len(embedding))
-        return _sparse(tokens, earlier, (counts / len(text)).to(embedding), embedding) @ embedding
+        shape = (len(embedding), len(embedding))
+        return _sparse(tokens, earlier, (counts / len(text)).to(embedding), shape) @ embedding
 
     means = [seen(back) for back in range(heads + 2)]
     gradient = [output_rows.T @ means[head + 2] - expected.T @ means[head + 1] for head in range(heads)]
@@ -218,10 +223,8 @@ def _count_pairs(first: Tensor, second: Tensor, different: int) -> tuple[Tensor,
     return pairs // different, pairs % different, counts
 
 
-def _sparse(rows: Tensor, columns: Tensor, values: Tensor, like: Tensor) -> Tensor:
-    """Return a sparse square matrix of as many rows as `like` has."""
-    size = (len(like), len(like))
-    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, size, check_invariants=True).coalesce()
+def _sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, shape, check_invariants=True).coalesce()
 
 
 def _with_ridge(matrix: Tensor, ridge: float) -> Tensor:
