@@ -1,0 +1,119 @@
+"""`dvc repro` at a tiny size: its results, the same ones by hand and in a clone, and what a mistake costs."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.helpers import (
+    COMMIT_RESULTS,
+    STAGES,
+    Shell,
+    assert_complete,
+    client_of,
+    clone,
+    digests,
+    runs_by_name,
+    stages_run,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def test_repro_runs_every_stage_once(shell: Shell, reproduced: str) -> None:
+    assert stages_run(reproduced) == list(STAGES)
+    assert "gpt2 version 1 is champion" in reproduced
+    assert stages_run(shell("dvc repro").stdout) == []
+    assert "up to date" in shell("dvc status").stdout
+
+
+def test_files_hold_the_contract(checkout: Path, reproduced: object) -> None:
+    trained = json.loads((checkout / "data/metrics/train.json").read_text())
+    names = {"train_loss", "val_loss", "steps", "tokens", "tokens_per_second", "peak_memory_bytes", "parameters"}
+    assert names <= set(trained)
+    assert trained["steps"] == 6 and trained["tokens"] == 6 * 4 * 32
+    evaluated = json.loads((checkout / "data/metrics/evaluate.json").read_text())
+    assert {"loss", "perplexity", "bits_per_byte", "tokens", "stride", "model"} <= set(evaluated)
+    with (checkout / "data/plots/val_loss.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["3", "6"]
+    sampled = json.loads((checkout / "data/metrics/sample.json").read_text())
+    model = json.loads((checkout / "data/model/config.json").read_text())["model_sha256"]
+    assert evaluated["model"] == sampled.pop("model") == model[:8]
+    assert list(sampled) == ["distinct_1", "distinct_2", "distinct_3", "repetition", "copied_8grams"]
+    assert all(type(value) is float and 0 <= value <= 1 for value in sampled.values()) and sampled["distinct_1"] > 0
+    assert "**The quick brown**" in (checkout / "data/samples/samples.md").read_text()
+
+
+def test_dvc_shows_metrics_and_plots(checkout: Path, shell: Shell, reproduced: object) -> None:
+    shown = shell("dvc metrics show").stdout
+    assert "perplexity" in shown and "copied_8grams" in shown
+    shell("dvc plots show -o plots")
+    assert (checkout / "plots" / "index.html").is_file()
+    shutil.rmtree(checkout / "plots")
+
+
+def test_mlflow_mirrors_the_run(checkout: Path, reproduced: object) -> None:
+    (run,) = runs_by_name(checkout).values()
+    assert_complete(checkout, run, max_steps=6)
+
+
+def test_by_hand_gives_the_same_bytes(checkout: Path, shell: Shell, reproduced: object) -> None:
+    before = digests(checkout)
+    shell("python src/prepare.py && python src/train.py && dvc commit --force train")
+    assert stages_run(shell("dvc repro").stdout) == ["register"]  # which shows the measured speed, another one now
+    shell("python src/evaluate.py && python src/sample.py && python src/register.py")
+    assert stages_run(shell("dvc repro").stdout) == []
+    assert digests(checkout) == before
+
+
+def test_a_lost_store_is_rebuilt_without_training(checkout: Path, shell: Shell, reproduced: object) -> None:
+    (checkout / "mlflow.db").unlink()
+    shutil.rmtree(checkout / "mlartifacts")
+    repaired = shell("dvc repro")
+    assert stages_run(repaired.stdout) == ["register"]
+    assert "gpt2 version 1 is champion" in repaired.stdout
+    (run,) = runs_by_name(checkout).values()
+    assert_complete(checkout, run, max_steps=6)
+
+
+def test_a_clone_that_pulls_the_results_trains_nothing_and_may_be_moved(
+    checkout: Path, shell: Shell, tmp_path: Path, reproduced: object
+) -> None:
+    shell(COMMIT_RESULTS)
+    pulled = clone(checkout, tmp_path / "gpt2")
+    for folder in (checkout, pulled):
+        shell(f"cd {folder} && dvc remote add -q --local --default shelf {tmp_path / 'shelf'}")
+    shell(f"dvc push && dvc remote remove --local shelf && cd {pulled} && dvc pull")
+    assert stages_run(shell(f"cd {pulled} && dvc repro").stdout) == ["register"]
+    (run,) = runs_by_name(pulled).values()
+    assert_complete(pulled, run, max_steps=6)
+    assert digests(pulled) == digests(checkout)
+
+    moved = pulled.rename(tmp_path / "elsewhere")
+    written = 'python src/infer.py --prompt "Roses number" --max_tokens 5 --seed 1'
+    assert shell(f"cd {moved} && {written}").stdout == shell(written).stdout
+    shell(f"cd {moved} && dvc exp run -n here -S train.max_steps=4")
+    assert re.search(r"train.max_steps +6 +4", shell(f"cd {moved} && dvc params diff").stdout)
+    here = runs_by_name(moved)["here"]
+    assert here.data.tags["dvc.experiment"] == "here"
+    assert_complete(moved, here, max_steps=4)
+    client = client_of(moved)
+    losses = {one.version: float(one.tags["gpt2.test_loss"]) for one in client.search_model_versions("name = 'gpt2'")}
+    champion = client.get_model_version_by_alias("gpt2", "champion")
+    assert len(losses) == 2 and losses[champion.version] == min(losses.values())
+    assert not pulled.exists()
+
+
+def test_wrong_params_stop_everything_with_one_line_and_lose_nothing(
+    checkout: Path, shell: Shell, reproduced: object
+) -> None:
+    before = digests(checkout)
+    failed = shell("dvc exp run -S train.max_steps=0 -S model.n_heads=3", code=255)
+    errors = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "train.max_steps" in errors[0] and "n_heads" in errors[0]
+    shell("git checkout -q HEAD params.yaml")
+    assert digests(checkout) == before
+    assert "train" not in stages_run(shell("dvc repro").stdout)
