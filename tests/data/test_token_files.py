@@ -2,7 +2,8 @@ import csv
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2.data import tokenizer
+from gpt2.data import token_files, tokenizer
 from gpt2.data.corpus import SPLITS, Document
-from gpt2.data.token_files import cut_at_spaces, write_token_files
+from gpt2.data.token_files import split_text, write_token_files
 from gpt2.data.tokenizer import END_OF_TEXT_ID, decode, encode
 
 ErrorLine = Callable[[Callable[[], object]], str]
@@ -22,10 +23,7 @@ TEXTS = [f"Document {i}:  naïve 日本語 👧\r\n\n <|endoftext|> don't {'x ' 
 
 
 def make_documents(texts: list[str]) -> list[Document]:
-    def pieces(text: str) -> Iterator[str]:
-        return (text[at : at + 3] for at in range(0, len(text), 3))
-
-    return [Document(f'doc "{i}",\rü', partial(pieces, text)) for i, text in enumerate(texts)]
+    return [Document(f'doc "{i}",\rü', partial(str, text)) for i, text in enumerate(texts)]
 
 
 def write(folder: Path, texts: list[str]) -> dict[str, Any]:
@@ -87,42 +85,30 @@ def test_split_without_text_is_refused(tmp_path: Path, error_line: ErrorLine) ->
 
 # What GPT-2's pattern treats apart: white space of every kind, apostrophes, letters, digits, signs.
 CHARACTERS = st.sampled_from(" \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u2003\u2028\u3000\u200b'sdtlvea1²!,_é日👧\u0301")
-PIECES = st.lists(st.text(CHARACTERS) | st.text() | st.builds(operator.mul, CHARACTERS, st.integers(0, 99)))
+TEXT = st.text(CHARACTERS) | st.text() | st.builds(operator.mul, CHARACTERS, st.integers(0, 99))
 
 
-@given(PIECES)
-def test_parts_give_the_tokens_of_the_whole(pieces: list[str]) -> None:
-    parts = list(cut_at_spaces(pieces))
-    assert "".join(parts) == "".join(pieces)
-    assert [token for part in parts for token in encode(part)] == encode("".join(pieces))
-
-
-@given(PIECES)
-def test_no_part_is_longer_than_a_run_may_be(pieces: list[str]) -> None:
-    text = "".join(pieces)
+@given(st.lists(TEXT).map("".join), st.integers(1, 9))
+def test_parts_give_the_tokens_of_the_whole(text: str, length: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "LONGEST_RUN", 8)
-        parts = list(cut_at_spaces(text))  # a character at a time
+        patch.setattr(token_files, "PART_LENGTH", length)
+        parts = list(split_text(text))
     assert "".join(parts) == text
-    assert max(map(len, parts), default=0) <= 8
+    assert [token for part in parts for token in encode(part)] == encode(text)
 
 
-def test_text_is_passed_on_before_it_ends() -> None:
-    pieces = iter(["one two", " three", " four"])
-    assert next(cut_at_spaces(pieces)) == "one"
-    assert operator.length_hint(pieces) == 2
+def test_a_part_ends_with_the_next_word() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_files, "PART_LENGTH", 2)
+        assert list(split_text("one two  three\n\n4 ")) == ["one", " two", "  three", "\n\n4", " "]
 
 
-def test_long_run_without_borders_is_tokenized_all_the_same(tmp_path: Path) -> None:
-    run = "ab" * tokenizer.LONGEST_RUN
+def test_names_and_long_runs_of_any_kind_are_written(tmp_path: Path) -> None:
+    ends, run = ["", " end", "\n" * 9], "ab" * tokenizer.LONGEST_RUN
     (tmp_path / "tokens").mkdir()
-    documents = [Document(str(i), partial(iter, (run, text))) for i, text in enumerate(["", " end", "\n" * 9])]
+    documents = [Document(os.fsdecode(b"caf\xe9") + str(i), partial(str, run + end)) for i, end in enumerate(ends)]
     write_token_files(documents, tmp_path / "tokens", "runs", 0.2, 0.2)
-    for row, end in zip(read_rows(tmp_path / "tokens"), ["", " end", "\n" * 9], strict=True):
+    for number, (row, end) in enumerate(zip(read_rows(tmp_path / "tokens"), ends, strict=True)):
         tokens = np.fromfile(tmp_path / "tokens" / f"{row['split']}.bin", dtype="<u2").tolist()
         assert decode(tokens[:-1]) == run + end
-
-
-def test_long_white_space_inside_a_piece_is_tokenized_all_the_same() -> None:
-    tokens = [token for part in cut_at_spaces([" " * 1_000_001 + "a b"]) for token in encode(part)]
-    assert decode(tokens) == " " * 1_000_001 + "a b"
+        assert row["document"] == rf"caf\udce9{number}"

@@ -20,7 +20,7 @@ _EXPERIMENTS = (".dvc", "tmp", "exps")
 def main_root() -> Path:
     """Return the main checkout: this one, or the one inside which an experiment has its own for a while.
 
-    MLflow's store, data/raw and .cache are the main checkout's, but for the lock on this checkout's training.
+    MLflow's store and .cache are the main checkout's, but for the lock on this checkout's training.
     """
     for folder in ROOT.parents:
         if folder.parts[-3:] == _EXPERIMENTS:

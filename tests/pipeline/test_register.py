@@ -1,0 +1,70 @@
+"""register.py on results of the pipeline: what it tells of a model, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpt2.core.files import sha256_of
+from pipeline.helpers import Shell, run_scripts, runs_by_name
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_version_tells_how_to_make_it_again(checkout: Path, shell: Shell, reproduced: object) -> None:
+    facts, commands = shell("python src/register.py --show").stdout.split("\n\n")
+    shown = yaml.safe_load(facts)
+    made = json.loads((checkout / "data/model/config.json").read_text())["model_sha256"]
+    assert shown["weights_sha256"] == made
+    assert shown["git_commit"] == shell("git rev-parse HEAD").stdout.strip()
+    assert shown["test_perplexity"] == json.loads((checkout / "data/metrics/evaluate.json").read_text())["perplexity"]
+    assert shown["test_stride"] == 16
+    assert shown["data_digest"] == sha256_of(checkout / "data/tokens/train.bin")[:32]
+    assert shown["params"]["train"]["max_steps"] == 6 and shown["aliases"] == ["champion"]
+    all_installed = "\n".join(line for line in commands.splitlines() if "pip install" not in line)
+    assert shell(f"set -e\n{all_installed}").stdout.splitlines()[-1].split()[0] == made
+
+
+def test_weights_that_were_not_registered_are_refused(
+    checkout: Path, shell: Shell, environment: dict[str, str], reproduced: object
+) -> None:
+    assert "has the SHA-256 that was registered" in shell("python src/register.py --verify").stdout
+    (weights,) = (checkout / "mlartifacts").rglob("model.safetensors")
+    config = weights.with_name("config.json")
+    whole, recorded = weights.read_bytes(), config.read_text()
+
+    def assert_refused(reason: str) -> None:
+        commands = ["register.py --verify", "register.py --verify models:/gpt2/1", "infer.py --prompt Roses"]
+        printed = run_scripts(commands, checkout, environment, code=2)
+        assert [reason in line for line in printed.splitlines()] == [True] * len(commands)
+
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert_refused("is damaged")
+    config.write_text(json.dumps(json.loads(recorded) | {"model_sha256": sha256_of(weights)}))
+    assert_refused("does not hold the weights that were registered")
+    weights.write_bytes(whole)
+    config.write_text(recorded)
+
+
+def test_results_that_do_not_belong_together_are_not_registered(
+    checkout: Path, shell: Shell, environment: dict[str, str], reproduced: object
+) -> None:
+    before = runs_by_name(checkout).keys()
+    shell("sed -i.saved 's/max_steps: 6/max_steps: 7/' params.yaml")
+    refused = shell("python src/register.py", code=2).stderr
+    (checkout / "params.yaml.saved").replace(checkout / "params.yaml")
+    assert "the results are of other parameters (train.max_steps 6, not 7); run `dvc repro`" in refused
+    for name, changed, reason in (
+        ("metrics/evaluate.json", {"model": "of-older"}, "the results of stage evaluate are not of the model in"),
+        ("metrics/sample.json", {"model": "of-older"}, "the results of stage sample are not of the model in"),
+        ("metrics/evaluate.json", {"stride": 8}, "the results are of other parameters (evaluate.stride 8, not 16)"),
+        ("tokens/meta.json", {"source": "sotu"}, "other parameters (prepare.source sotu, not data/raw)"),
+        ("tokens/meta.json", {"splits": None}, "the results cannot be read"),
+    ):
+        file = checkout / "data" / name
+        ours = file.read_text()
+        file.write_text(json.dumps(json.loads(ours) | changed))
+        assert reason in run_scripts(["register.py"], checkout, environment, code=2)
+        file.write_text(ours)
+    assert runs_by_name(checkout).keys() == before
