@@ -8,7 +8,7 @@ python tests/benchmarks/generation.py --serve  16 clients of `mlflow models serv
 
 In the first, all models have the same shape, prompt and settings, those that infer.py has by default (or, with
 --greedy, temperature 0), and random weights; ours is measured with those that `dvc repro` has trained too, where there
-are any, since it computes equal rows of the output projection once. The others need what `dvc repro` has made. Each
+are any, since it computes the rows of unseen tokens once. The others need what `dvc repro` has made. Each
 measurement is a process of its own; nothing else should run meanwhile.
 """
 
@@ -42,8 +42,7 @@ def measure(contender: str, texts: int, greedy: bool, device: str) -> float:
     """Return the tokens per second of `texts` texts of TOKENS tokens after PROMPT, the median of three times."""
     peer = contender == "transformers"
     write = transformers(texts, greedy, device) if peer else ours(texts, greedy, device, contender)
-    for _ in range(2):  # ours makes its shortlist in the second
-        write()
+    write()
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
@@ -53,30 +52,31 @@ def measure(contender: str, texts: int, greedy: bool, device: str) -> float:
 
 
 def ours(texts: int, greedy: bool, device: str, contender: str) -> Callable[[], object]:
-    # As in infer.py, gpt2 is imported before torch: it sets how torch's threads wait.
+    import torch
+
     from gpt2.config import load_params
-    from gpt2.generation.engine import GenerationSettings, Text, Writer
+    from gpt2.generation.engine import Engine, GenerationSettings, Request
     from gpt2.model.weights import load_model
-    from gpt2.training.trainer import build_model
+    from gpt2.training.run import build_model
 
     if "trained" in contender:
-        model, _ = load_model(MODEL)
+        model, _, seen = load_model(MODEL)
     else:
-        params = load_params(ROOT / "params.yaml")
-        model = build_model(model_config(params), params.train).eval()
-    writer = Writer(model.to(device), texts, "int8" if "int8" in contender else "none")
+        params, seen = load_params(ROOT / "params.yaml"), None
+        model = build_model(model_config(params), params.train, torch.device("cpu")).eval()
+    engine = Engine(model.to(device), texts, seen, "int8" if "int8" in contender else "none")
     settings = GenerationSettings(max_tokens=TOKENS)
     settings = settings.model_copy(update={"temperature": 0.0}) if greedy else settings
 
     def write() -> None:
-        waiting = deque(Text(PROMPT, settings.model_copy(update={"seed": seed})) for seed in range(texts))
-        assert sum(1 for _ in writer.write(waiting)) == texts * TOKENS  # a text that ended early would seem fast
+        waiting = deque(Request(PROMPT, settings.model_copy(update={"seed": seed})) for seed in range(texts))
+        assert sum(1 for _ in engine.generate(waiting)) == texts * TOKENS  # a text that ended early would seem fast
 
     return write
 
 
 def transformers(texts: int, greedy: bool, device: str) -> Callable[[], object]:
-    import torch  # before gpt2, so that its threads wait as in any program
+    import torch
 
     from gpt2.config import load_params
     from gpt2.data.tokenizer import VOCAB_SIZE, encode
@@ -142,15 +142,15 @@ def int8_cost() -> None:
     from gpt2.model.weights import load_model
 
     print_circumstances(os.cpu_count() or 1)
-    model, config = load_model(MODEL)
+    model, config, seen = load_model(MODEL)
     tokens = load_tokens(ROOT / "data" / "tokens" / "test.bin")
     kinds: tuple[Quantization, ...] = ("none", "int8")
     found = []
     for kind in kinds:
-        decoder, losses = Decoder(model, 1, kind), []
+        decoder, losses = Decoder(model, 1, seen, kind), []
         for inputs, targets in validation_batches(tokens, 1, config.max_len):
             with torch.inference_mode():
-                logits = decoder.project(decoder.prefill_features({0: inputs[0].tolist()})[0])
+                logits = decoder.logits(decoder.prefill_hidden_states({0: inputs[0].tolist()})[0])
                 losses.append(float(cross_entropy(logits, targets[0])))
         found.append(math.exp(statistics.fmean(losses)))
         print(f"{kind:5} perplexity {found[-1]:.3f}", flush=True)

@@ -3,9 +3,10 @@
 python tests/benchmarks/training.py                 the steps of our training, of transformers' and of a plain loop
 python tests/benchmarks/training.py --time-to-loss  how soon ours has the loss of transformers after 600,000 tokens
 
-Ours is what params.yaml says; on a GPU, ours and transformers' are measured compiled too. Every contender takes the
-same batches of the training split (run `dvc repro prepare` first), clips its gradient and drops out alike. Each
-measurement is a process of its own; nothing else should run meanwhile.
+Ours is what params.yaml says, from random weights; on a GPU, ours and transformers' are measured compiled too. Every
+contender takes the same batches of the training split (run `dvc repro prepare` first), clips its gradient, drops out
+alike, and has the fused AdamW and the allocator's setting that ours has. Each measurement is a process of its own;
+nothing else should run meanwhile.
 """
 
 import argparse
@@ -26,10 +27,6 @@ from peers import ROOT, model_config, print_circumstances, transformers_model
 
 sys.path.insert(0, str(ROOT / "src"))
 
-import gpt2  # noqa: F401  # before torch: it sets how torch's threads wait
-
-# isort: split
-
 import torch
 from torch import Tensor, nn
 
@@ -42,13 +39,15 @@ from gpt2.core.device import (
     peak_memory_bytes,
     use_threads,
 )
-from gpt2.data.batches import Tokens, TrainingBatches, load_tokens, validation_batches
+from gpt2.data.batches import Tokens, TrainingBatches, load_seen, load_tokens, validation_batches
 from gpt2.data.tokenizer import VOCAB_SIZE
-from gpt2.model.seen_tokens import TextVocabulary
+from gpt2.model.seen_tokens import SeenTokens
+from gpt2.model.weights import SEEN_TOKENS
 from gpt2.training.checkpoints import Checkpoints
-from gpt2.training.trainer import build_model, train
+from gpt2.training.run import build_model, run_training
 
 GPU_STEPS = 50  # are timed together on a GPU
+TOKENS = ROOT / "data" / "tokens"
 PEER_TOKENS, PEER_RATE, PEER_WARMUP = 600_000, 6e-4, 10
 Step = Callable[[int], object]
 
@@ -59,10 +58,11 @@ class Enough(Exception):  # noqa: N818  # no error
 
 def ours(params: Params, tokens: dict[str, Tokens], log: Callable[[int, dict[str, float]], None]) -> None:
     """Train as the stage does; the log ends it early by raising Enough."""
-    keep_freed_memory()
-    model = build_model(model_config(params), params.train)
+    model = build_model(model_config(params), params.train, choose_device(params.runtime.device))
+    seen = load_seen(TOKENS / SEEN_TOKENS, VOCAB_SIZE)
     with TemporaryDirectory() as folder:
-        train(model, tokens["train"], tokens["val"], params.train, Checkpoints(Path(folder)), log)
+        checkpoints = Checkpoints(Path(folder))
+        run_training(model, tokens["train"], tokens["val"], seen, params.train, params.runtime, checkpoints, log)
 
 
 def plain(
@@ -75,7 +75,7 @@ def plain(
     steps: int | None = None,
 ) -> Step:
     """The loop that everybody writes: whole logits, cross_entropy, AdamW; a cosine schedule if `steps` is given."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEER_RATE, weight_decay=params.train.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEER_RATE, weight_decay=params.train.weight_decay, fused=True)
 
     def step(index: int) -> None:
         torch.manual_seed(index)
@@ -94,7 +94,7 @@ def plain(
 
 
 def plain_loop(params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype) -> Step:
-    model = build_model(model_config(params), params.train).to(device).train()
+    model = build_model(model_config(params), params.train, device).train()
     return plain(model, model, params, batches, device, precision)
 
 
@@ -115,8 +115,8 @@ PEERS: dict[str, Callable[..., Step]] = {
 ONLY_ON_CUDA = {"ours, compiled", "transformers, compiled"}
 
 
-def product_rate(device: torch.device, precision: torch.dtype) -> float:
-    """Return the operations per second of a large matrix product."""
+def matmul_rate(device: torch.device, precision: torch.dtype) -> float:
+    """Return the operations per second of a large matmul."""
     a, b = (torch.randn(4096, 4096, device=device).to(precision) for _ in range(2))
     torch.mm(a, b)
     seconds = []
@@ -135,11 +135,12 @@ def wait(device: torch.device) -> None:
 
 
 def measure(name: str, steps: int, precision_name: str, batch_size: int | None) -> dict[str, float]:
-    """Return the median seconds of a step, the part of them spent on reading data, and the peak memory."""
-    on_gpu = choose_device(load_params(ROOT / "params.yaml").train.device).type == "cuda"
+    """Return the median seconds of a step, the fraction of them spent on reading data, and the peak memory."""
+    on_gpu = choose_device(load_params(ROOT / "params.yaml").runtime.device).type == "cuda"
     together = GPU_STEPS if on_gpu else 1
     most = together * (steps + 2)
-    changes = {"log_interval": together, "max_steps": most, "checkpoint_interval": most} | OURS.get(name, {})
+    changes: dict[str, Any] = {"log_interval": together, "max_steps": most, "checkpoint_interval": most}
+    changes |= {"initialization": "random"} | OURS.get(name, {})
     params, device, precision, tokens = prepare(precision_name, batch_size=batch_size, **changes)
     setting = params.train
     batches = TrainingBatches(tokens["train"], setting.batch_size, setting.sequence_length, setting.seed)
@@ -167,25 +168,30 @@ def measure(name: str, steps: int, precision_name: str, batch_size: int | None) 
     batches(steps)
     reading = time.perf_counter() - began
     median = statistics.median(seconds[1:])  # the first is for warming up
-    vocabulary = TextVocabulary.of_text(tokens["train"], VOCAB_SIZE, device)
+    seen_tokens = SeenTokens(torch.from_numpy(load_seen(TOKENS / SEEN_TOKENS, VOCAB_SIZE)))
     return {
         "seconds": median,
         "reading": reading / median,
         "memory": peak_memory_bytes(device),
-        "product": product_rate(device, precision),
-        "logits": len(vocabulary.ids) if name in OURS else VOCAB_SIZE,
+        "matmul": matmul_rate(device, precision),
+        "logits": len(seen_tokens.ids) if name in OURS else VOCAB_SIZE,
     }
 
 
 def prepare(precision: str, **changes: Any) -> tuple[Params, torch.device, torch.dtype, dict[str, Tokens]]:
     """Return params.yaml with the train section's changes that are not None, and what follows from it."""
     params = load_params(ROOT / "params.yaml")
-    changed = {name: value for name, value in {"precision": precision, **changes}.items() if value is not None}
-    params = params.model_copy(update={"train": params.train.model_copy(update=changed)})
-    use_threads(params.train.threads)
-    device = choose_device(params.train.device)
-    tokens = {split: load_tokens(ROOT / "data" / "tokens" / f"{split}.bin") for split in ("train", "val")}
-    return params, device, choose_precision(params.train.precision, device), tokens
+    changed = {name: value for name, value in changes.items() if value is not None}
+    sections = {
+        "train": params.train.model_copy(update=changed),
+        "runtime": params.runtime.model_copy(update={"precision": precision}),
+    }
+    params = params.model_copy(update=sections)
+    use_threads(params.runtime.threads)
+    keep_freed_memory()
+    device = choose_device(params.runtime.device)
+    tokens = {split: load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val")}
+    return params, device, choose_precision(precision, device), tokens
 
 
 def in_a_process(*arguments: str) -> dict[str, float]:
@@ -222,13 +228,13 @@ def compare(rounds: int, steps: int, precision: str) -> None:
         )
     rate = operations_per_token(params, int(results[best][0]["logits"])) * batch_tokens / median(best, "seconds")
     growth = (twice["memory"] - median(best, "memory")) / batch_tokens * 1000
-    print(f"{best}: {rate / 1e9:,.0f} GFLOP/s, {rate / median(best, 'product'):.0%} of a large matrix product's")
+    print(f"{best}: {rate / 1e9:,.0f} GFLOP/s, {rate / median(best, 'product'):.0%} of a large matmul's")
     print(f"{best}: {growth / 1e6:.1f} MB for each further 1,000 tokens in a step")
     print(f"{best}: {median(best, 'reading'):.2%} of a step goes into reading data")
 
 
 def operations_per_token(params: Params, logits: int) -> int:
-    """Return the products' operations: six for each weight (Kaplan et al. 2020), and as many for attention's scores."""
+    """Return the matmuls' operations: six for each weight (Kaplan et al. 2020), and as many for attention's scores."""
     shape = params.model
     weights = shape.n_layers * (4 * shape.d_model**2 + 2 * shape.d_model * shape.d_ff) + logits * shape.d_model
     return 6 * (weights + shape.n_layers * params.train.sequence_length * shape.d_model)
@@ -236,7 +242,7 @@ def operations_per_token(params: Params, logits: int) -> int:
 
 def print_setting(precision: str) -> torch.device:
     params, device, chosen, _ = prepare(precision)
-    print_circumstances(params.train.threads)
+    print_circumstances(torch.get_num_threads())
     print(
         f"{device.type}, {chosen}, batch {params.train.batch_size} x {params.train.sequence_length}, "
         f"dropout {params.model.dropout}"
