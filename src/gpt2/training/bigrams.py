@@ -35,10 +35,9 @@ MOST_HEADS = 6  # tokens farther back tell little, and the covariance grows with
 
 @torch.no_grad()
 def initialize_from_bigrams(model: GPT2Model, tokens: Tokens) -> None:
-    """Initialize a model on any device from a text's tokens (N,), at most the first COUNTED_TOKENS.
+    """Initialize a model of untied weights and C >= 3 from a text's tokens (N,), at most the first COUNTED_TOKENS.
 
-    C must be 3 or more, and the weights not tied. Computes on a CUDA device if the model is there, else on the CPU, and
-    draws from PyTorch's generator.
+    Computes on a CUDA device if the model is there, else on the CPU, and draws from PyTorch's generator.
     """
     device = model.output_projection.weight.device
     with device if device.type == "cuda" else torch.device("cpu"):
@@ -49,13 +48,12 @@ def _initialize(model: GPT2Model, tokens: Tensor) -> None:
     vocab_size, width = model.output_projection.weight.shape
     seen, text = torch.unique(tokens, return_inverse=True)
     blocks = [block for block in model.transformer_blocks if isinstance(block, TransformerBlock)]
-    head_size = width // blocks[0].attention.n_heads
-    position_dims = min(width // POSITION_FRACTION, head_size) // 2 * 2  # L
+    position_dims = min(width // POSITION_FRACTION, width // blocks[0].attention.n_heads) // 2 * 2  # L
     rank = min(width - RESERVED - position_dims, len(seen))  # K
     bigrams = count_bigrams(text, len(seen))
     before, after, log_frequencies = _fit(bigrams, *_factors(bigrams, rank))
-    unseen_log_frequency = math.log(UNSEEN_COUNT / len(bigrams.probability.values()))
-    unigrams = torch.full((vocab_size,), unseen_log_frequency).index_copy(0, seen, log_frequencies)
+    unseen_frequency = UNSEEN_COUNT / len(bigrams.probability.values())
+    unigrams = torch.full((vocab_size,), math.log(unseen_frequency)).index_copy(0, seen, log_frequencies)
 
     # An orthonormal basis of the residual stream, whose first direction is the mean's.
     basis = torch.linalg.qr(torch.cat([torch.ones(width, 1), torch.randn(width, width - 1)], 1)).Q.T  # (C, C)
@@ -75,8 +73,7 @@ def _initialize(model: GPT2Model, tokens: Tensor) -> None:
         block.attention.w_o.weight.zero_()
         block.feed_forward.linear2.weight.zero_()
     if position_dims:
-        positions = _look_back(blocks[0], position_axes, model.max_len)
-        model.position_embedding.weight.copy_(positions)
+        model.position_embedding.weight.copy_(_look_back(blocks[0], position_axes, model.max_len))
         _add_newton_step(blocks[0], text, embedding[seen], bias, projection[seen])
 
 
@@ -103,7 +100,7 @@ def count_bigrams(text: Tensor, different: int) -> Bigrams:
     counts = torch.bincount(text[:-1], minlength=different).float().clamp(min=1)
     backoff = DISCOUNT * torch.bincount(first, minlength=different) / counts
     continuation = torch.bincount(second, minlength=different).float().clamp(min=UNSEEN_COUNT)
-    probability = _sparse(first, second, (pair_counts - DISCOUNT) / counts[first], (different, different))
+    probability = _sparse(first, second, (pair_counts - DISCOUNT) / counts[first], different)
     return Bigrams(probability, backoff, continuation / continuation.sum(), counts)
 
 
@@ -112,14 +109,14 @@ def _factors(bigrams: Bigrams, rank: int) -> tuple[Tensor, Tensor]:
 
     Rows of the first have norm 1, since layer norm takes their norm away; the second is fitted to them.
     """
-    (first, second), counts, shape = bigrams.probability.indices(), bigrams.counts, bigrams.probability.shape
-    backed_off = bigrams.backoff[first] * bigrams.continuation[second]
-    ratio = torch.log1p(bigrams.probability.values() / backed_off)  # (P,)
-    left, singular_values, _ = torch.svd_lowrank(_sparse(first, second, ratio * counts.sqrt()[first], shape), q=rank)
+    (first, second), counts = bigrams.probability.indices(), bigrams.counts
+    ratio = torch.log1p(bigrams.probability.values() / bigrams.backoff[first] / bigrams.continuation[second])  # (P,)
+    scaled = _sparse(first, second, ratio * counts.sqrt()[first], len(counts))
+    left, singular_values, _ = torch.svd_lowrank(scaled, q=rank)
     before = F.normalize(left * singular_values.sqrt(), dim=1)
     weights = counts**LEAST_SQUARES_POWER
     gram = _with_ridge(before.T @ (before * weights[:, None]), FACTOR_RIDGE)  # (K, K)
-    moments = _sparse(second, first, ratio * weights[first], shape) @ before  # (M, K)
+    moments = _sparse(second, first, ratio * weights[first], len(counts)) @ before  # (M, K)
     return before, torch.linalg.solve(gram, moments.T).T
 
 
@@ -141,14 +138,12 @@ def _fit(bigrams: Bigrams, before: Tensor, after: Tensor) -> tuple[Tensor, Tenso
 
 
 def _look_back(block: TransformerBlock, position_axes: Tensor, max_len: int) -> Tensor:
-    """Let head h attend to the token h + 1 places back; return the position embedding (T, C).
+    """Let head h attend to the token h + 1 places back, by queries turned back so far; return positions (T, C).
 
-    Positions are waves along position_axes (L, C) (Vaswani et al. 2017, section 3.5), of mean square 1; a head's
-    queries are the waves turned back so far.
+    Positions are waves along position_axes (L, C) (Vaswani et al. 2017, section 3.5), of mean square 1.
     """
     attention, dims = block.attention, len(position_axes)
-    # (L / 2,) a position, from half a turn over the whole context to nearly half a turn
-    angles = torch.logspace(math.log10(math.pi / max_len), math.log10(0.9 * math.pi), dims // 2)
+    angles = torch.logspace(math.log10(math.pi / max_len), math.log10(0.9 * math.pi), dims // 2)  # (L / 2,) a position
     queries, keys = (x.weight.zero_().unflatten(0, (attention.n_heads, -1)) for x in (attention.w_q, attention.w_k))
     for head in range(attention.n_heads):
         cosine, sine = ((head + 1) * angles).cos().diag(), ((head + 1) * angles).sin().diag()
@@ -158,20 +153,18 @@ def _look_back(block: TransformerBlock, position_axes: Tensor, max_len: int) -> 
     return math.sqrt(2) * torch.cat([waves.cos(), waves.sin()], 1) @ position_axes
 
 
-def _add_newton_step(
-    block: TransformerBlock, text: Tensor, embedding: Tensor, bias: Tensor, output_rows: Tensor
-) -> None:
+def _add_newton_step(block: TransformerBlock, text: Tensor, embedding: Tensor, bias: Tensor, rows: Tensor) -> None:
     """Let the heads add to the residual stream what the tokens that they see tell of the next one.
 
-    So far the logits (M, M) are (embedding + bias) @ output_rows.T, of embedding and output_rows (M, C), bias (C,). The
+    So far the logits (M, M) are (embedding + bias) @ rows.T, of embedding and output rows (M, C), and bias (C,). The
     step is the loss's gradient by a matrix from the embeddings seen to the residual stream, times the inverse
     covariances of the output rows, as the model draws them, and of the embeddings. Each head keeps rank D of it.
     """
     width, heads = embedding.shape[1], min(block.attention.n_heads, MOST_HEADS)
     frequencies = torch.bincount(text, minlength=len(embedding)) / len(text)  # (M,)
     mean = frequencies @ embedding  # (C,)
-    expected, output_covariance = _expected_rows(embedding + bias, output_rows, frequencies)
-    gradient, covariance = _moments(text, embedding - mean, expected, output_rows, heads)
+    expected, output_covariance = _expected_rows(embedding + bias, rows, frequencies)
+    gradient, covariance = _moments(text, embedding - mean, expected, rows, heads)
     output_covariance = _with_ridge(output_covariance, OUTPUT_RIDGE)  # (C, C)
     covariance = _with_ridge(covariance, EMBEDDING_RIDGE)  # (H * C, H * C)
     step = torch.linalg.solve(output_covariance, torch.linalg.solve(covariance, gradient, left=False))  # (C, H * C)
@@ -185,33 +178,27 @@ def _add_newton_step(
     block.layer_norm1.bias.copy_(-mean)
 
 
-def _expected_rows(hidden_states: Tensor, output_rows: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def _expected_rows(hidden_states: Tensor, rows: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean output row (M, C) after each token, and the rows' covariance (C, C) about it over a text."""
     expected, drawn = torch.empty_like(hidden_states), torch.zeros_like(frequencies)
     for chunk in torch.arange(len(hidden_states)).split(FIT_TOKENS):
-        probabilities = (hidden_states[chunk] @ output_rows.T).softmax(-1)  # (S, M)
-        expected[chunk] = probabilities @ output_rows
+        probabilities = (hidden_states[chunk] @ rows.T).softmax(-1)  # (S, M)
+        expected[chunk] = probabilities @ rows
         drawn += frequencies[chunk] @ probabilities
-    second_moment = output_rows.T @ (output_rows * drawn[:, None])
+    second_moment = rows.T @ (rows * drawn[:, None])
     return expected, second_moment - expected.T @ (expected * frequencies[:, None])
 
 
-def _moments(
-    text: Tensor, embedding: Tensor, expected: Tensor, output_rows: Tensor, heads: int
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient (C, H * C) of the likelihood, and the covariance (H * C, H * C) of what H heads see.
-
-    The text's end is taken to go before its beginning, so that all are means over N positions.
-    """
+def _moments(text: Tensor, embedding: Tensor, expected: Tensor, rows: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return the gradient (C, H * C) of the likelihood, and the covariance (H * C, H * C) of what H heads see."""
 
     def seen(back: int) -> Tensor:
         """Return each token's fraction of the text times the mean embedding of the token so far back: (M, C)."""
-        tokens, earlier, counts = _count_pairs(text, text.roll(back), len(embedding))
-        shape = (len(embedding), len(embedding))
-        return _sparse(tokens, earlier, (counts / len(text)).to(embedding), shape) @ embedding
+        tokens, earlier, counts = _count_pairs(text, text.roll(back), len(embedding))  # the end before the beginning
+        return _sparse(tokens, earlier, (counts / len(text)).to(embedding), len(embedding)) @ embedding
 
     means = [seen(back) for back in range(heads + 2)]
-    gradient = [output_rows.T @ means[head + 2] - expected.T @ means[head + 1] for head in range(heads)]
+    gradient = [rows.T @ means[head + 2] - expected.T @ means[head + 1] for head in range(heads)]
     lags = [embedding.T @ means[lag] for lag in range(heads)]  # (C, C) of a token and one `lag` before it
     covariance = [[lags[k - h] if k >= h else lags[h - k].T for k in range(heads)] for h in range(heads)]
     return torch.cat(gradient, 1), torch.cat([torch.cat(row, 1) for row in covariance])
@@ -223,8 +210,9 @@ def _count_pairs(first: Tensor, second: Tensor, different: int) -> tuple[Tensor,
     return pairs // different, pairs % different, counts
 
 
-def _sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, shape, check_invariants=True).coalesce()
+def _sparse(rows: Tensor, columns: Tensor, values: Tensor, size: int) -> Tensor:
+    indices = torch.stack([rows, columns])
+    return torch.sparse_coo_tensor(indices, values, (size, size), check_invariants=True).coalesce()
 
 
 def _with_ridge(matrix: Tensor, ridge: float) -> Tensor:
