@@ -6,7 +6,7 @@ from importlib.metadata import version
 from gpt2.config import load_params
 from gpt2.core.cli import run_command
 from gpt2.core.errors import UserError
-from gpt2.core.files import replacing
+from gpt2.core.files import atomic_write
 from gpt2.core.paths import PARAMS, ROOT, TOKENS, main_root
 from gpt2.data.corpus import check_tracked, read_corpus
 from gpt2.data.token_files import write_token_files
@@ -17,7 +17,7 @@ def main() -> None:
     check_versions()
     check_tracked(params.source, ROOT, main_root())
     documents = read_corpus(params.source, ROOT)
-    with replacing(TOKENS) as folder:
+    with atomic_write(TOKENS) as folder:
         folder.mkdir()
         meta = write_token_files(documents, folder, params.source, params.val_fraction, params.test_fraction)
     for name, split in meta["splits"].items():

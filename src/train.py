@@ -9,7 +9,7 @@ os.environ.update(MLFLOW_DEFAULTS | TRAINING_DEFAULTS | os.environ)
 from gpt2.config import ModelConfig, load_params
 from gpt2.core.cli import run_command
 from gpt2.core.device import choose_device, keep_freed_memory, use_threads
-from gpt2.core.files import exclusive, read_json, write_json
+from gpt2.core.files import file_lock, read_json, write_json
 from gpt2.core.paths import CHECKOUT_LOCK, METRICS, MODEL, PARAMS, PLOTS, TOKENS
 from gpt2.data.batches import load_seen, load_tokens
 from gpt2.model.weights import SEEN_TOKENS, save_model
@@ -32,7 +32,7 @@ def main() -> None:
     checkpoints = Checkpoints(checkpoint_folder(params))
 
     # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
-    with exclusive(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
+    with file_lock(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
         with training_run(params) as log_metrics:
             metrics, history = run_training(
                 model, train_tokens, val_tokens, seen, params.train, params.runtime, checkpoints, log_metrics

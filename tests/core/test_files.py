@@ -12,7 +12,7 @@ from random import Random
 import pytest
 
 from gpt2.core import files
-from gpt2.core.files import exclusive, read_json, replacing, sha256_of, write_json, write_text
+from gpt2.core.files import atomic_write, file_lock, read_json, sha256_of, write_json, write_text
 
 FullDisk = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -38,10 +38,10 @@ def test_what_is_not_finished_replaces_nothing(tmp_path: Path, kind: str, error:
     path = tmp_path / "it"
     write = make_file if kind == "file" else make_folder
     for text in ("old", "new"):
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             write(partial, text)
             assert partial != path
-    with contextlib.suppress(error), replacing(path) as partial:
+    with contextlib.suppress(error), atomic_write(path) as partial:
         write(partial, "newest")
         raise error
     assert (path if kind == "file" else path / "file").read_text() == "new"
@@ -51,7 +51,7 @@ def test_what_is_not_finished_replaces_nothing(tmp_path: Path, kind: str, error:
 def test_what_a_killed_process_left_is_no_hindrance(tmp_path: Path) -> None:
     path = tmp_path / "it"
     make_folder(tmp_path / "it.partial", "half")
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         make_folder(partial, "whole")
     assert (path / "file").read_text() == "whole" and list(tmp_path.iterdir()) == [path]
 
@@ -64,10 +64,10 @@ def test_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, mo
             raise OSError("no space left")
         return replace(source, target)
 
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         make_folder(partial, "old")
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="no space left"), replacing(path) as partial:
+    with pytest.raises(OSError, match="no space left"), atomic_write(path) as partial:
         make_folder(partial, "new")
     assert (path / "file").read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
@@ -84,10 +84,10 @@ def test_folder_is_whole_if_ctrl_c_comes_as_it_is_replaced(
             raise KeyboardInterrupt
         return target
 
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         make_folder(partial, "old")
     monkeypatch.setattr(Path, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt), replacing(path) as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as partial:
         make_folder(partial, "new")
     assert (path / "file").read_text() == left and not (tmp_path / "it.partial").exists()
 
@@ -95,9 +95,9 @@ def test_folder_is_whole_if_ctrl_c_comes_as_it_is_replaced(
 REPLACE_FOR_EVER = """
 import itertools, sys
 from pathlib import Path
-from gpt2.core.files import replacing
+from gpt2.core.files import atomic_write
 for number in itertools.count():
-    with replacing(Path(sys.argv[1])) as partial:
+    with atomic_write(Path(sys.argv[1])) as partial:
         partial.mkdir()
         for name in ("a", "b"):
             (partial / name).write_text(str(number) * 10_000)
@@ -126,7 +126,7 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "a").write_text("old")
     (tmp_path / "it").symlink_to(tmp_path / "elsewhere")
     for _ in range(2):
-        with replacing(tmp_path / "it") as partial:
+        with atomic_write(tmp_path / "it") as partial:
             partial.mkdir()
             (partial / "a").write_text("new")
     assert (tmp_path / "it" / "a").read_text() == "new" and (tmp_path / "elsewhere" / "a").read_text() == "old"
@@ -137,11 +137,11 @@ def test_lock_is_waited_for_and_that_is_said(tmp_path: Path, capsys: pytest.Capt
     path = tmp_path / "new" / "lock"
 
     def second() -> None:
-        with exclusive(path, "it is busy"):
+        with file_lock(path, "it is busy"):
             pass
 
     thread = threading.Thread(target=second)
-    with exclusive(path, "it is free"):
+    with file_lock(path, "it is free"):
         thread.start()
         thread.join(1)
         assert thread.is_alive()

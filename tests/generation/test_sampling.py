@@ -62,7 +62,7 @@ def test_top_p_finds_nuclei_of_any_size(spread: float) -> None:
 
 
 @pytest.mark.parametrize(("p", "expected"), [(1, [1]), (0.76, [1]), (0.74, [1, 3]), (0.2, [0, 1, 3, 4])])
-def test_min_p_keeps_what_is_likely_beside_the_likeliest(p: float, expected: list[int]) -> None:
+def test_min_p_keeps_what_is_likely_beside_the_most_likely(p: float, expected: list[int]) -> None:
     logits = PROBABILITIES.log()
     filtered = keep_min_p(logits, p)
     assert kept(filtered) == expected

@@ -394,7 +394,7 @@ class Death(BaseException):
 def test_broken_off_and_resumed_equals_unbroken(
     run: Callable[..., Any], make_model: MakeModel, tmp_path: Path, kind: dict[str, str], dead_after: int
 ) -> None:
-    """A training that ends after any step, and another that goes on: the same weights and curves."""
+    """A training that ends after any step, and another that resumes: the same weights and curves."""
     changes = {"max_steps": 7, "checkpoint_interval": 2, "log_interval": 3, "eval_interval": 4} | kind
     unbroken, metrics, history = run(**changes)
     steps_done = 0

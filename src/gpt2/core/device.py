@@ -1,4 +1,4 @@
-"""What a computation runs on: device, number format, threads, and how much memory it took."""
+"""What a computation runs on: device, dtype, threads, and how much memory it took."""
 
 import ctypes
 import resource
@@ -31,7 +31,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the number format of matrix products; "auto" takes bfloat16 where the hardware computes it natively."""
+    """Return the dtype of matmuls; "auto" takes bfloat16 where the hardware computes it natively."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
@@ -56,7 +56,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Return the context in which matrix products run in `precision` while weights stay float32."""
+    """Return the context in which matmuls run in `precision` while weights stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
@@ -71,7 +71,7 @@ def use_threads(setting: Literal["auto"] | int) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to reuse large freed blocks: getting hundreds of MB anew in each step costs more than the step."""
+    """Ask glibc to reuse large freed blocks: a training that asks the system for them in each step is slower."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):

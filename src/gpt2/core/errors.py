@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """Work that ended because a signal asked for it; the message says how to go on."""
+    """Work that ended because a signal asked for it; the message says how to resume."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)

@@ -32,12 +32,12 @@ def read_json(path: Path) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write text in UTF-8 with plain line ends, making the folder if need be."""
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a path to write a file or a folder at; in the end it takes the place of `path`, whole and on the disk.
 
     If the block fails, `path` stays as it was.
@@ -55,7 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def publish(written: Path, path: Path) -> None:
-    """Give a file or folder its name, replacing what has that name, once its content is on the disk.
+    """Give a file or folder its name, in place of what has that name, once its content is on the disk.
 
     Raises OSError; what had the name before has it still then.
     """
@@ -76,7 +76,7 @@ def publish(written: Path, path: Path) -> None:
 
 
 @contextmanager
-def exclusive(path: Path, busy: str) -> Iterator[None]:
+def file_lock(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file at `path` alone; says that it is `busy`, and waits, while another process does.
 
     Raises OSError.

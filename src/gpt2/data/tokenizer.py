@@ -79,7 +79,7 @@ class TextStream:
         return self._show(self._decoder.decode(load_tokenizer().decode_single_token_bytes(token)))
 
     def finish(self) -> str:
-        """Return what was held back and will not go on; broken UTF-8 becomes U+FFFD."""
+        """Return what was held back, when no token follows; broken UTF-8 becomes U+FFFD."""
         return self._show(self._decoder.decode(b"", final=True)) + ("" if self.stopped else self._held)
 
     def _show(self, text: str) -> str:

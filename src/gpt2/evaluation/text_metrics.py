@@ -34,26 +34,26 @@ def distinct(texts: Texts, n: int) -> float:
     divide by the number of tokens instead. It falls as texts grow: compare it at equal lengths.
     """
     grams = _all_ngrams(texts, n)
-    return _share(len(set(grams)), len(grams))
+    return _fraction(len(set(grams)), len(grams))
 
 
 def repetition(texts: Texts, n: int) -> float:
-    """Return the share of a text's n-grams that stood earlier in it, as the mean over the texts that have n-grams.
+    """Return the fraction of a text's n-grams that stood earlier in it, as the mean over the texts that have n-grams.
 
     It is seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training". 0 if no text has any.
     """
-    shares = [1 - len(set(grams)) / len(grams) for text in texts if (grams := _ngrams(text, n))]
-    return _share(sum(shares), len(shares))
+    fractions = [1 - len(set(grams)) / len(grams) for text in texts if (grams := _ngrams(text, n))]
+    return _fraction(sum(fractions), len(fractions))
 
 
 def copied(texts: Texts, corpus: Tokens, n: int, chunk: int = CHUNK) -> float:
-    """Return the share of all the texts' n-grams that stand in the corpus (N,) verbatim; 0 if they have none.
+    """Return the fraction of all the texts' n-grams that stand in the corpus (N,) verbatim; 0 if they have none.
 
     The figure is exact. The corpus, which may be a memory map, is read once, `chunk` tokens at a time.
     """
     grams = _all_ngrams(texts, n)
     found = _find(set(grams), corpus, n, chunk)
-    return _share(sum(gram in found for gram in grams), len(grams))
+    return _fraction(sum(gram in found for gram in grams), len(grams))
 
 
 def _find(sought: set[Ngram], corpus: Tokens, n: int, chunk: int) -> set[Ngram]:
@@ -88,5 +88,5 @@ def _ngrams(text: Sequence[int], n: int) -> list[Ngram]:
     return [tuple(text[start : start + n]) for start in range(len(text) - n + 1)]
 
 
-def _share(part: float, whole: int) -> float:
-    return part / whole if whole else 0.0
+def _fraction(count: float, whole: int) -> float:
+    return count / whole if whole else 0.0

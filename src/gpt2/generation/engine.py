@@ -2,7 +2,7 @@
 
 A text depends on its prompt, its settings and its seed, not on the texts beside it, but for rounding: this hardly ever
 changes a token in float, but may in int8, whose scale the texts share. The model sees at most max_len tokens: of a
-longer prompt the last; when a text has filled the context, it goes on from the later half.
+longer prompt the last ones; when a text has filled the context, its later half becomes the context.
 """
 
 import secrets

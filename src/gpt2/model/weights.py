@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt2.config import ModelConfig, TrainParams, check
 from gpt2.core.errors import UserError
-from gpt2.core.files import read_json, replacing, sha256_of, write_json
+from gpt2.core.files import atomic_write, read_json, sha256_of, write_json
 from gpt2.data.batches import SeenMask, load_seen
 from gpt2.model.gpt2 import GPT2Model
 
@@ -46,7 +46,7 @@ def save_model(
     state = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
     if config.tie_weights:
         del state["output_projection.weight"]
-    with replacing(folder) as partial:
+    with atomic_write(folder) as partial:
         partial.mkdir()
         save_tensors(state, partial / WEIGHTS)
         digest = sha256_of(partial / WEIGHTS)

@@ -16,7 +16,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.utils.file_utils import get_local_path_or_none
 
 from gpt2.core.errors import UserError
-from gpt2.core.files import exclusive, replacing
+from gpt2.core.files import atomic_write, file_lock
 from gpt2.core.paths import main_root
 from gpt2.generation.engine import GenerationSettings
 from gpt2.model.weights import WEIGHTS, load_model, read_config
@@ -126,9 +126,9 @@ def local_folder(version: ModelVersion) -> Path:
     if local := get_local_path_or_none(source):
         return Path(local)
     kept = main_root() / ".cache" / "models" / version.tags[MODEL_SHA256]
-    with exclusive(kept.with_suffix(".lock"), f"another process downloads {uri_of(version)}"):
+    with file_lock(kept.with_suffix(".lock"), f"another process downloads {uri_of(version)}"):
         if not kept.exists():
-            with replacing(kept) as partial:
+            with atomic_write(kept) as partial:
                 partial.mkdir()
                 get_artifact_repository(source).download_artifacts("", str(partial))
                 read_config(partial / "artifacts" / FOLDER)  # files lost in the store download as nothing

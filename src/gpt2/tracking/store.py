@@ -21,7 +21,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from gpt2.core.errors import UserError
-from gpt2.core.files import exclusive
+from gpt2.core.files import file_lock
 from gpt2.core.paths import RECEIPT, ROOT, main_root
 
 EXPERIMENT = "gpt2"
@@ -39,7 +39,7 @@ STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, Import
 
 def store_lock() -> AbstractContextManager[None]:
     """Return the lock under which processes of this checkout and its experiments change the store's structure."""
-    return exclusive(main_root() / ".cache" / "mlflow.lock", "another process changes MLflow's store")
+    return file_lock(main_root() / ".cache" / "mlflow.lock", "another process changes MLflow's store")
 
 
 def open_store() -> str:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from gpt2.core.errors import UserError
-from gpt2.core.files import delete, exclusive, publish, sha256_of
+from gpt2.core.files import delete, file_lock, publish, sha256_of
 from gpt2.model.weights import save_tensors
 
 KEPT = 2  # the newest may be found damaged
@@ -33,7 +33,7 @@ class Checkpoints:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold these checkpoints alone; says so and waits while another process does. Raises OSError."""
-        with exclusive(self._lock, f"another process runs this very training ({self.folder.name[:12]})"):
+        with file_lock(self._lock, f"another process runs this very training ({self.folder.name[:12]})"):
             self.folder.mkdir(exist_ok=True)
             for unfinished in set(self.folder.iterdir()) - set(self._files()):
                 delete(unfinished)

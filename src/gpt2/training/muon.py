@@ -1,7 +1,7 @@
 """Muon: momentum whose update is made nearly orthogonal (Jordan et al. 2024), for the matrices inside a network.
 
 It gives the bytes of torch.optim.Muon, which always computes in bfloat16; a CPU without bfloat16 spends far longer on
-that than on all the rest of a step, so here the format of the products can be chosen.
+that than on all the rest of a step, so here the dtype of the matmuls can be chosen.
 
 Shapes: L matrices of one shape, M, N their rows and columns; K the smaller of both.
 """
@@ -23,7 +23,7 @@ ADAMW_RMS = 0.2  # Liu et al. 2025, section 2.2: the usual size of AdamW's updat
 class Muon(torch.optim.Optimizer):
     """Moves matrices (M, N) by Nesterov momentum made orthogonal, scaled to the size of AdamW's updates.
 
-    So one learning rate and weight decay serve both. `precision` is the format of its matrix products.
+    So one learning rate and weight decay serve both. `precision` is the dtype of its matmuls.
     """
 
     def __init__(self, matrices: ParamsT, precision: torch.dtype) -> None:
