@@ -1,4 +1,4 @@
-"""Request after prompts, many at once: infer.py, the sample stage and the server all write through here.
+"""Text after prompts, by continuous batching: infer.py, the sample stage and the server all generate here.
 
 A text depends on its prompt, its settings and its seed, not on the texts beside it, but for rounding: this hardly ever
 changes a token in float, but may in int8, whose scale the texts share. The model sees at most max_len tokens: of a

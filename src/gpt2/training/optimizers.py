@@ -14,7 +14,7 @@ BETAS = (0.9, 0.95)  # Brown et al. 2020, appendix B
 
 
 def schedule(step: int, params: TrainParams) -> float:
-    """Return the fraction of the learning rates used at step `step` (from 0): linear warm-up, all, linear decay to zero.
+    """Return the fraction of the learning rates at step `step` (from 0): linear warm-up, all, linear decay to zero.
 
     The decay takes the last decay_fraction of max_steps (Hu et al. 2024, "MiniCPM", section 4).
     """
