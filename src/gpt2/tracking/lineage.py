@@ -31,10 +31,11 @@ def train_key(params: Params) -> str:
 
 
 def _hashes(path: str) -> Iterator[tuple[str, str]]:
-    """Yield the name and SHA-256 of a file, or of each file of a folder but compiled modules."""
+    """Yield the name and SHA-256 of a file, or of each file of a folder but those that .dvcignore names."""
     found = ROOT / path
     for file in sorted(found.rglob("*")) if found.is_dir() else [found]:
-        if not file.is_dir() and "__pycache__" not in file.parts:
+        is_ignored = file.parent.name == "__pycache__" or file.name.startswith(".") or file.name.endswith("~")
+        if file.is_file() and not is_ignored:
             yield file.relative_to(ROOT).as_posix(), sha256_of(file)
 
 
