@@ -2,7 +2,7 @@
 
 from gpt2.config import load_params
 from gpt2.core.cli import run_command
-from gpt2.core.device import autocast, choose_device, choose_precision, keep_freed_memory, use_threads
+from gpt2.core.device import autocast, choose_device, choose_precision, use_threads
 from gpt2.core.files import read_json, write_json
 from gpt2.core.paths import METRICS, MODEL, PARAMS, TOKENS
 from gpt2.data.batches import load_tokens
@@ -13,7 +13,6 @@ from gpt2.model.weights import load_model, short_name
 def main() -> None:
     params = load_params(PARAMS)
     use_threads(params.runtime.threads)
-    keep_freed_memory()
     device = choose_device(params.runtime.device)
     tokens = load_tokens(TOKENS / "test.bin")
     text_bytes = read_json(TOKENS / "meta.json")["splits"]["test"]["bytes"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpt2.config import Device, ModelConfig, champion_uri, check
 from gpt2.core.cli import Parser, run_command
-from gpt2.core.device import autocast, choose_device, choose_precision, keep_freed_memory
+from gpt2.core.device import autocast, choose_device, choose_precision
 from gpt2.core.environment import MLFLOW_DEFAULTS
 from gpt2.core.errors import UserError
 from gpt2.core.paths import PARAMS
@@ -45,7 +45,6 @@ def main() -> None:
     model.to(device)
     inform(f"{name}: {describe_model(model, config)} on {device}")
     if scored is not None:
-        keep_freed_memory()
         with autocast(device, choose_precision("auto", device)):
             print(score(model, scored, arguments.explain))
         return

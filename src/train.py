@@ -8,7 +8,7 @@ os.environ.update(MLFLOW_DEFAULTS | TRAINING_DEFAULTS | os.environ)
 
 from gpt2.config import ModelConfig, load_params
 from gpt2.core.cli import run_command
-from gpt2.core.device import choose_device, keep_freed_memory, use_threads
+from gpt2.core.device import choose_device, use_threads
 from gpt2.core.files import file_lock, read_json, write_json
 from gpt2.core.paths import CHECKOUT_LOCK, METRICS, MODEL, PARAMS, PLOTS, TOKENS
 from gpt2.data.batches import load_seen, load_tokens
@@ -23,7 +23,6 @@ from gpt2.training.run import build_model, run_training
 def main() -> None:
     params = load_params(PARAMS)
     threads = use_threads(params.runtime.threads)
-    keep_freed_memory()
     config = ModelConfig(**params.model.model_dump(), vocab_size=read_json(TOKENS / "meta.json")["vocab_size"])
     model = build_model(config, params.train, choose_device(params.runtime.device))
     print(f"{model.count_parameters():,} parameters", flush=True)

@@ -292,8 +292,6 @@ def test_score_equals_that_of_the_stage(
     for name, path in {"TOKENS": tmp_path, "METRICS": tmp_path, "MODEL": model_folder}.items():
         monkeypatch.setattr(evaluate, name, path)
     monkeypatch.setattr(evaluate, "PARAMS", tmp_path / "params.yaml")
-    monkeypatch.setattr(evaluate, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(infer, "keep_freed_memory", lambda: None)
     evaluate.main()
     recorded = read_json(tmp_path / "evaluate.json")
     assert (recorded["tokens"], recorded["stride"]) == (len(tokens), 6)

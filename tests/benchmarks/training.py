@@ -5,7 +5,7 @@ python tests/benchmarks/training.py --time-to-loss  how soon ours has the loss o
 
 Ours is what params.yaml says, from random weights; on a GPU, ours and transformers' are measured compiled too. Every
 contender takes the same batches of the training split (run `dvc repro prepare` first), clips its gradient, drops out
-alike, and has the fused AdamW and the allocator's setting that ours has. Each measurement is a process of its own;
+alike, and has the fused AdamW that ours has. Each measurement is a process of its own;
 nothing else should run meanwhile.
 """
 
@@ -35,7 +35,6 @@ from gpt2.core.device import (
     autocast,
     choose_device,
     choose_precision,
-    keep_freed_memory,
     peak_memory_bytes,
     use_threads,
 )
@@ -188,7 +187,6 @@ def prepare(precision: str, **changes: Any) -> tuple[Params, torch.device, torch
     }
     params = params.model_copy(update=sections)
     use_threads(params.runtime.threads)
-    keep_freed_memory()
     device = choose_device(params.runtime.device)
     tokens = {split: load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val")}
     return params, device, choose_precision(precision, device), tokens

@@ -1,6 +1,5 @@
 """What a computation runs on: device, dtype, threads, and how much memory it took."""
 
-import ctypes
 import resource
 import sys
 from typing import Literal
@@ -11,8 +10,6 @@ from joblib import cpu_count
 
 from gpt2.core.errors import UserError
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-NEVER_TRIM = 2**31 - 1
 MICRO_BATCH_SIZE, GPU_MICRO_BATCH_SIZE = 4, 32  # sequences: few enough for a processor's cache, enough to fill a GPU
 ALIGNED_COLUMNS = 64  # matrices whose rows begin at multiples of this are multiplied up to twice as fast
 
@@ -68,16 +65,6 @@ def use_threads(setting: Literal["auto"] | int) -> int:
     count = cpu_count() if setting == "auto" else setting
     torch.set_num_threads(count)
     return count
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to reuse large freed blocks: a training that asks the system for them in each step is slower."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return  # not glibc
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
