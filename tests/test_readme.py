@@ -1,45 +1,80 @@
-"""The README's commands are those that run: the test command in .ci/run, options and files as they are."""
+"""What the README files name is there: commands and their options, files, parameters, tests, links."""
 
 import re
-import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+FOLDERS = (ROOT, ROOT / "data", ROOT / "src" / "gpt2", ROOT / "tests" / "benchmarks")
+TEXTS = {folder / "README.md": (folder / "README.md").read_text(encoding="utf-8") for folder in FOLDERS}
+ALL = "\n".join(TEXTS.values())
+LONGEST = 170  # lines that a reader has patience for
+OTHERS_OPTIONS = {"--queue", "--run-all", "--temp", "--timeout"}  # of DVC and MLflow
+FILE_ENDINGS = {"py", "json", "csv", "bin", "safetensors"}
+
+
+def named_files() -> Iterator[Path]:
+    yield from ROOT.glob("*.yaml")
+    for folder in ("src", "tests"):
+        yield from (ROOT / folder).rglob("*.py")
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS[README].splitlines()) <= LONGEST
 
 
 def test_ci_runs_the_test_command() -> None:
-    (command,) = re.findall(r"^.*tests/requirements\.txt && .*pytest.*$", README, flags=re.MULTILINE)
+    (command,) = re.findall(r"^.*tests/requirements\.txt && .*pytest.*$", TEXTS[README], flags=re.MULTILINE)
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1] == command
 
 
 def test_the_files_named_exist() -> None:
-    library = re.findall(r"\b(\w+\.py)\b", README[README.index("## How it fits together") :])
-    assert library
-    for name in library:
-        assert (ROOT / "src" / name).is_file() or (ROOT / "src" / "gpt2" / name).is_file(), name
+    files = [f"/{file.relative_to(ROOT).as_posix()}" for file in named_files()]
+    named = set(re.findall(r"[\w/.]*\w\.(?:py|yaml)\b", ALL))
+    assert {"gpt2.py", "params.yaml", "src/infer.py"} <= named
+    assert [name for name in named if not any(file.endswith(f"/{name}") for file in files)] == []
 
 
-def test_infer_takes_the_options_shown() -> None:
-    source = (ROOT / "src" / "infer.py").read_text(encoding="utf-8")
-    commands = re.findall(r"python src/infer\.py (--.*)$", README, flags=re.MULTILINE)
-    assert commands
-    for command in commands:
-        for option in (word for word in shlex.split(command) if word.startswith("--")):
-            assert f'"{option}"' in source, option
+def test_the_options_named_exist() -> None:
+    commands = re.findall(r"python ((?:src|tests/benchmarks)/\w+\.py) ([^`\n]*)", ALL)
+    assert {script for script, _ in commands} >= {"src/infer.py", "src/register.py"}
+    for script, arguments in commands:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        assert [option for option in re.findall(r"--[\w-]+", arguments) if f'"{option}"' not in source] == []
+    sources = "".join(path.read_text(encoding="utf-8") for path in (*ROOT.glob("src/*.py"), *ROOT.glob("tests/*/*.py")))
+    alone = set(re.findall(r"`(--[\w-]+)", ALL)) - OTHERS_OPTIONS
+    assert alone and [option for option in alone if f'"{option}"' not in sources] == []
 
 
 def test_the_parameters_named_exist() -> None:
-    params = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    named = re.findall(r"-S (\w+)\.(\w+)=", README)
-    assert named
-    for section, name in named:
-        assert re.search(rf"^{section}:\n(?:  .*\n)*?  {name}:", params, flags=re.MULTILINE), name
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    named = set(re.findall(rf"\b({'|'.join(params)})\.([a-z_]+)", ALL))
+    parameters = {(section, name) for section, name in named if name not in FILE_ENDINGS}
+    assert ("train", "max_steps") in parameters
+    assert [(section, name) for section, name in parameters if name not in params[section]] == []
 
 
 def test_the_tests_named_exist() -> None:
-    paths = re.findall(r"tests/[\w/]+\.py", README)
-    words = {word for chosen in re.findall(r'-k (?:"([^"]+)"|(\w+))', README) for word in " ".join(chosen).split()}
+    paths = re.findall(r"tests/[\w/]+\.py", ALL)
+    words = {word for chosen in re.findall(r'-k (?:"([^"]+)"|(\w+))', ALL) for word in " ".join(chosen).split()}
     names = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    assert paths and all((ROOT / path).is_file() for path in paths)
-    assert words and all(re.search(rf"^def test_\w*{word}", names, flags=re.MULTILINE) for word in words - {"or"})
+    assert paths and [path for path in paths if not (ROOT / path).is_file()] == []
+    assert words and [word for word in words - {"or"} if not re.search(rf"^def test_\w*{word}", names, re.M)] == []
+
+
+def test_the_links_lead_somewhere() -> None:
+    links = [
+        (file, *link) for file, text in TEXTS.items() for link in re.findall(r"\]\(([^):#]*)(?:#([^)]+))?\)", text)
+    ]
+    assert links
+    for file, path, heading in links:
+        target = (file.parent / path).resolve() if path else file
+        assert target.exists(), (file, path)
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", TEXTS[target], flags=re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings], heading
+    (picture,) = re.findall(r'<img src="([^"]+)"', TEXTS[README])
+    assert (ROOT / picture).is_file()
