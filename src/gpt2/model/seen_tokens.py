@@ -7,11 +7,8 @@ whole vocabulary, of which a small text has half.
 Shapes: V vocabulary, M rows: one for each seen token, and a last one for all others; C d_model.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gpt2.core.device import ALIGNED_COLUMNS
 
@@ -44,24 +41,17 @@ class SeenTokens:
         return bool((weight[self.unseen] == weight[self.unseen[:1]]).all())
 
     def rows(self, weight: Tensor) -> Tensor:
-        """Return the rows (M, C) of a weight (V, C); the tokens that the last one stands for share its gradient."""
-        return _Rows.apply(weight, self) if len(self.unseen) else weight
+        """Return the rows (M, C) of a weight (V, C)."""
+        return weight.index_select(0, self.ids) if len(self.unseen) else weight
+
+    def weight_gradient(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of a weight (V, C), given that of its rows (M, C), which is overwritten.
+
+        The tokens that the last row stands for share its gradient.
+        """
+        gradient[-1] /= self.last_count
+        return gradient.index_select(0, self.row_of) if len(self.unseen) else gradient
 
     def all_logits(self, logits: Tensor) -> Tensor:
         """Give each token (..., V) the logit of its row (..., M)."""
         return logits.index_select(-1, self.row_of) if len(self.unseen) else logits
-
-
-class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, seen_tokens: SeenTokens) -> Tensor:
-        ctx.seen_tokens = seen_tokens
-        return weight.index_select(0, seen_tokens.ids)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        seen_tokens = ctx.seen_tokens
-        gradient = gradients[0].clone()
-        gradient[-1] /= seen_tokens.last_count
-        return gradient.index_select(0, seen_tokens.row_of), None

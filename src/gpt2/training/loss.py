@@ -37,52 +37,51 @@ class FusedCrossEntropy:
     def __call__(self, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Return the loss () in nats of targets (B, T), given (B, T, C) and the output projection (V, C)."""
         softmax = _compiled_softmax() if self._compiled and hidden_states.device.type == "cuda" else _softmax_
-        rows, labels = self._seen_tokens.rows(weight), self._seen_tokens.row_of[targets.flatten()]
-        arguments = self._seen_tokens.last_count, softmax, torch.is_grad_enabled()
-        return _LinearCrossEntropy.apply(hidden_states.flatten(0, 1), rows, labels, *arguments)
+        arguments = targets.flatten(), self._seen_tokens, softmax, torch.is_grad_enabled()
+        return _LinearCrossEntropy.apply(hidden_states.flatten(0, 1), weight, *arguments)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The mean cross-entropy () of labels (N,) under the logits hidden_states (N, C) @ weight (M, C).T.
-
-    The last row of weight stands for `last_count` equal ones; its gradient is the sum of theirs.
-    """
+    """The mean cross-entropy () of targets (N,) under the logits hidden_states (N, C) @ weight (V, C).T."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden_states: Tensor,
         weight: Tensor,
-        labels: Tensor,
-        last_count: int,
+        targets: Tensor,
+        seen_tokens: SeenTokens,
         softmax: Callable[..., Tensor],
         with_gradient: bool,
     ) -> Tensor:
         device = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        inputs, matrix = hidden_states.to(dtype), weight.to(dtype)
+        inputs, matrix = hidden_states.to(dtype), seen_tokens.rows(weight).to(dtype)
+        labels = seen_tokens.row_of[targets]
         logits_memory = _logits_memory(len(inputs), len(matrix), dtype, inputs.device)
         total = inputs.new_zeros((), dtype=at_least_float32(dtype))
         gradients: list[Tensor] = []
-        weight_gradient: Tensor | None = None
+        rows_gradient: Tensor | None = None
         with torch.autocast(device, enabled=False):
             chunks = zip(inputs.split(len(logits_memory)), labels.split(len(logits_memory)), strict=True)
             for rows, chunk_labels in chunks:
                 logits = torch.mm(rows, matrix.T, out=logits_memory[: len(rows)])  # (R, M)
-                total += softmax(logits, chunk_labels, last_count, 1 / len(inputs))
+                total += softmax(logits, chunk_labels, seen_tokens.last_count, 1 / len(inputs))
                 if with_gradient:
                     gradients.append((logits @ matrix).to(hidden_states.dtype))
                     part = logits.T @ rows
-                    weight_gradient = part.to(weight.dtype) if weight_gradient is None else weight_gradient.add_(part)
+                    rows_gradient = part.to(weight.dtype) if rows_gradient is None else rows_gradient.add_(part)
         if with_gradient:
-            ctx.save_for_backward(torch.cat(gradients), weight_gradient)
+            ctx.save_for_backward(torch.cat(gradients), rows_gradient)
+            ctx.seen_tokens = seen_tokens
         return total / len(inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        hidden_states_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_states_gradient * gradients[0], weight_gradient * gradients[0], None, None, None, None
+        hidden_states_gradient, rows_gradient = ctx.saved_tensors
+        weight_gradient = ctx.seen_tokens.weight_gradient(rows_gradient * gradients[0])
+        return hidden_states_gradient * gradients[0], weight_gradient, None, None, None, None
 
 
 def _softmax_(logits: Tensor, labels: Tensor, last_count: int, scale: float) -> Tensor:
