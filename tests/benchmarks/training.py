@@ -226,7 +226,7 @@ def compare(rounds: int, steps: int, precision: str) -> None:
         )
     rate = operations_per_token(params, int(results[best][0]["logits"])) * batch_tokens / median(best, "seconds")
     growth = (twice["memory"] - median(best, "memory")) / batch_tokens * 1000
-    print(f"{best}: {rate / 1e9:,.0f} GFLOP/s, {rate / median(best, 'product'):.0%} of a large matmul's")
+    print(f"{best}: {rate / 1e9:,.0f} GFLOP/s, {rate / median(best, 'matmul'):.0%} of a large matmul's")
     print(f"{best}: {growth / 1e6:.1f} MB for each further 1,000 tokens in a step")
     print(f"{best}: {median(best, 'reading'):.2%} of a step goes into reading data")
 
