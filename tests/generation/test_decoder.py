@@ -91,7 +91,7 @@ def test_where_pytorch_has_no_int8_matmuls_none_are_used(
 ) -> None:
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(engine="none"))
     model = make_model(random=True)
-    assert "int8 weights are not for this machine" in error_line(lambda: Decoder(model, 1, quantization="int8"))
+    assert "int8 is not supported on this machine" in error_line(lambda: Decoder(model, 1, quantization="int8"))
     decoder = Decoder(model, 1)
     decoder.prefill({0: [3, 1, 4]})
     assert decoder.step([1], [3]).isfinite().all()
@@ -101,4 +101,4 @@ def test_seen_tokens_of_other_weights_are_refused(
     make_model: MakeModel, error_line: Callable[[Callable[[], object]], str]
 ) -> None:
     line = error_line(lambda: Decoder(make_model(random=True), 1, np.arange(61) < 20))
-    assert "seen_tokens.npy is not of its weights" in line
+    assert "seen_tokens.npy does not match its weights" in line

@@ -80,7 +80,7 @@ def test_seen_tokens_come_back(tmp_path: Path, make_model: MakeModel, make_confi
     loaded = load_model(tmp_path)[2]
     assert loaded is not None and np.array_equal(loaded, seen)
     np.save(tmp_path / "seen_tokens.npy", seen[:-1])
-    with pytest.raises(UserError, match="does not tell which of 61 tokens"):
+    with pytest.raises(UserError, match="is not a mask of 61 tokens"):
         load_model(tmp_path)
 
 

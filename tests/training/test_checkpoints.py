@@ -162,7 +162,7 @@ def test_same_training_waits_and_says_so(tmp_path: Path, capsys: pytest.CaptureF
         with Checkpoints(tmp_path / "other").locked():  # another training does not wait
             thread.start()
         deadline = time.monotonic() + 60
-        while "another process runs this very training (key); waiting" not in capsys.readouterr().err:
+        while "another process is running this training (key); waiting" not in capsys.readouterr().err:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         order.append("first")

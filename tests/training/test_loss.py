@@ -19,9 +19,9 @@ fused = FusedCrossEntropy(SeenTokens(torch.ones(VOCAB_SIZE, dtype=torch.bool)))
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(loss, "CHUNK_BYTES", CHUNK_ROWS * ALIGNED_COLUMNS * 8)
     monkeypatch.setattr(loss, "CACHED_ROWS", CHUNK_ROWS - 1)
-    loss._memory.cache_clear()
+    loss._buffer.cache_clear()
     yield
-    loss._memory.cache_clear()
+    loss._buffer.cache_clear()
 
 
 def make_inputs(rows: int, dtype: torch.dtype = torch.float64, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:

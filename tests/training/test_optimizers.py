@@ -6,7 +6,7 @@ import torch
 from gpt2.config import TrainParams
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.training.muon import Muon
-from gpt2.training.optimizers import build_optimizers, schedule, set_learning_rates
+from gpt2.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
 
 MakeModel = Callable[..., GPT2Model]
 MakeTrainParams = Callable[..., TrainParams]
@@ -68,7 +68,7 @@ def test_blocks_and_embeddings_have_rates_of_their_own(
 
 def test_schedule_warms_up_stays_and_decays(make_train_params: MakeTrainParams) -> None:
     params = make_train_params(max_steps=100, warmup_steps=4, decay_fraction=0.2)
-    rates = [schedule(step, params) for step in range(100)]
+    rates = [learning_rate_factor(step, params) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:81] == [1.0] * 76
     assert rates[81:] == pytest.approx([1 - i / 20 for i in range(1, 20)])  # 0.05 at the last step, never 0
@@ -76,15 +76,15 @@ def test_schedule_warms_up_stays_and_decays(make_train_params: MakeTrainParams) 
 
 def test_schedule_without_warmup_and_decay_is_constant(make_train_params: MakeTrainParams) -> None:
     params = make_train_params(max_steps=10, warmup_steps=0, decay_fraction=0)
-    assert [schedule(step, params) for step in range(10)] == [1.0] * 10
+    assert [learning_rate_factor(step, params) for step in range(10)] == [1.0] * 10
 
 
 def test_schedule_that_decays_all_the_way_starts_at_the_full_rate(make_train_params: MakeTrainParams) -> None:
     params = make_train_params(max_steps=4, warmup_steps=0, decay_fraction=1)
-    assert [schedule(step, params) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [learning_rate_factor(step, params) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_warmup_longer_than_the_run_never_exceeds_the_rate(make_train_params: MakeTrainParams) -> None:
     params = make_train_params(max_steps=10, warmup_steps=100, decay_fraction=0.5)
-    rates = [schedule(step, params) for step in range(10)]
+    rates = [learning_rate_factor(step, params) for step in range(10)]
     assert rates == pytest.approx([(step + 1) / 101 for step in range(10)])

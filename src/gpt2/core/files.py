@@ -57,7 +57,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def publish(written: Path, path: Path) -> None:
     """Give a file or folder its name, in place of what has that name, once its content is on the disk.
 
-    Raises OSError; what had the name before has it still then.
+    Raises OSError; what had the name is unchanged then.
     """
     for file in [*written.rglob("*"), written]:
         _sync(file)

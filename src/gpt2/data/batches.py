@@ -32,8 +32,8 @@ def load_seen(path: Path, vocab_size: int) -> SeenMask:
         seen: SeenMask = np.load(path)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if seen.dtype != np.bool_ or seen.shape != (vocab_size,):
-        raise UserError(f"{path} does not tell which of {vocab_size} tokens are seen")
+    if not isinstance(seen, np.ndarray) or seen.dtype != np.bool_ or seen.shape != (vocab_size,):
+        raise UserError(f"{path} is not a mask of {vocab_size} tokens")
     return seen
 
 

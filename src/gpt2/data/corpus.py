@@ -1,6 +1,7 @@
 """Where text comes from: a source becomes documents, and whole documents are split into train, val and test.
 
-A new kind of source is one function that returns documents, a line in `read_corpus` and its name in config.py.
+A new kind of source is a function that returns documents, a line in `read_corpus`, and its name in config.py; a new
+format of files goes into `_text_files` and `_read`.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""How written texts are in figures: how diverse, how repetitive, how much of them is copied.
+"""Metrics of generated texts: diversity, repetition, copying.
 
 A text is the tokens that were written, without the prompt, which is not the model's. An n-gram is n tokens side by side
 in one text, so none begins in a prompt. Shapes: N tokens of a corpus, S places in a piece of it, G n-grams.
@@ -19,7 +19,7 @@ CHUNK = 2**18  # tokens of the corpus looked at at once
 
 
 def measure(texts: Texts, training: Tokens) -> dict[str, float]:
-    """Return all figures of the texts, beside the training split (N,), by their names as metrics; each is in [0, 1]."""
+    """Return all metrics of the texts, beside the training split (N,), by their names as metrics; each is in [0, 1]."""
     return {
         **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
         "repetition": repetition(texts, 4),

@@ -52,7 +52,7 @@ class Decoder:
         all_seen = np.ones(len(weight), dtype=bool)
         self._seen_tokens = SeenTokens(torch.tensor(all_seen if seen is None else seen, device=self._device))
         if not self._seen_tokens.are_equal(weight):
-            raise UserError("the model's seen_tokens.npy is not of its weights; without that file it works too")
+            raise UserError("the model's seen_tokens.npy does not match its weights; the model works without that file")
         self._output_projection = _linear(self._seen_tokens.rows(weight), None, quantization)
         n_heads = self._blocks[0].n_heads
         head_size = model.token_embedding.embedding_dim // n_heads
@@ -134,7 +134,7 @@ class _Block:
 
 
 def _linear(weight: Tensor, bias: Tensor | None, quantization: Quantization, gelu: str | None = None) -> Linear:
-    """Return the map of x (..., in) to x @ weight (out, in).T + bias (..., out), and a GELU if `gelu` names one."""
+    """Return a function of x (..., in): x @ weight (out, in).T + bias (out,), and a GELU if `gelu` names one."""
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if quantization == "none" and can_pack(weight.device):
         return packed_linear(weight, bias, gelu)

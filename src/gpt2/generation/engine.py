@@ -26,7 +26,7 @@ MAX_SLOTS = 16  # texts written at once
 
 
 class GenerationSettings(SamplingParams):
-    """What one who asks for text can set; without a seed every text is another."""
+    """Settings of a request; without a seed every text differs."""
 
     temperature: Annotated[Float, Field(ge=0)] = 0.7
     top_k: Count | None = 40

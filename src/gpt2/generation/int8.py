@@ -17,11 +17,11 @@ def check_int8(device: torch.device) -> None:
     if device.type != "cpu":
         raise UserError(f"int8 weights are for the CPU (device cpu), not {device.type}")
     if torch.backends.quantized.engine == "none":
-        raise UserError("int8 weights are not for this machine: its PyTorch has no int8 matmuls")
+        raise UserError("int8 is not supported on this machine: its PyTorch has no int8 matmuls")
 
 
 def int8_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """Return the map of x (..., C) to x @ weight (V, C).T + bias (V,), in int8.
+    """Return a function of x (..., C) that computes x @ weight (V, C).T + bias (V,), in int8.
 
     Each row of the weight has a scale, and all of x has one. What is not finite may become finite.
     """

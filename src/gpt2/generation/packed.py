@@ -14,7 +14,7 @@ def can_pack(device: torch.device) -> bool:
 
 
 def packed_linear(weight: Tensor, bias: Tensor | None = None, gelu: str | None = None) -> Linear:
-    """Return the map of x (..., C) to x @ weight (V, C).T + bias (V,), packed.
+    """Return a function of x (..., C) that computes x @ weight (V, C).T + bias (V,), packed.
 
     `gelu` is the approximation of a GELU behind it, if there is one.
     """

@@ -86,8 +86,8 @@ def cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Ten
 class GPT2Model(nn.Module):
     """The decoder-only transformer. `activation` is "gelu" (exact) or "gelu_tanh" (GPT-2's own approximation).
 
-    With tie_weights, qkv_bias and gelu_tanh it is OpenAI's GPT-2; without them it is the model of the original
-    project, whose embedding and output projection are learned apart.
+    With tie_weights, qkv_bias and gelu_tanh it has the architecture of OpenAI's GPT-2; without them it is the model of
+    the original project, whose embedding and output projection are learned apart.
 
     Raises ValueError if d_model is not a multiple of n_heads, KeyError for an unknown activation.
     """

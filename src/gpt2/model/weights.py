@@ -70,7 +70,7 @@ def load_model(path: Path) -> tuple[GPT2Model, ModelConfig, SeenMask | None]:
     """Return the model saved at `path`, ready to generate on the CPU, its configuration, and what `seen` tells.
 
     `path` is a model folder, its .safetensors file, or a checkpoint (.pt, .pth) of the original project. Raises
-    UserError if it is missing, broken, of another shape than its configuration, or its SHA-256 is not the recorded.
+    UserError if it is missing, broken, of another shape than its configuration, or does not match its recorded SHA-256.
     """
     seen = None
     if path.suffix in (".pt", ".pth"):

@@ -2,7 +2,7 @@
 
 PyTorch's fused CPU kernel takes no dropout. Its plain path keeps several (T, T) matrices for each head, and drawing the
 dropout takes longer than the matmuls. Here a block's weights fit in the cache and are computed again in the backward
-pass (Dao et al. 2022, "FlashAttention"), keys after the block are skipped, and a dropped weight costs one random byte.
+pass (Dao et al. 2022, "FlashAttention"), keys after the block are skipped, and dropout costs a random byte a weight.
 
 Shapes: B batch, H heads, T positions, D head size, G = B * H, R queries of a block, S keys up to the block's end.
 """

@@ -58,14 +58,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         inputs, matrix = hidden_states.to(dtype), seen_tokens.rows(weight).to(dtype)
         labels = seen_tokens.row_of[targets]
-        logits_memory = _logits_memory(len(inputs), len(matrix), dtype, inputs.device)
+        logits_buffer = _logits_buffer(len(inputs), len(matrix), dtype, inputs.device)
         total = inputs.new_zeros((), dtype=at_least_float32(dtype))
         gradients: list[Tensor] = []
         rows_gradient: Tensor | None = None
         with torch.autocast(device, enabled=False):
-            chunks = zip(inputs.split(len(logits_memory)), labels.split(len(logits_memory)), strict=True)
+            chunks = zip(inputs.split(len(logits_buffer)), labels.split(len(logits_buffer)), strict=True)
             for rows, chunk_labels in chunks:
-                logits = torch.mm(rows, matrix.T, out=logits_memory[: len(rows)])  # (R, M)
+                logits = torch.mm(rows, matrix.T, out=logits_buffer[: len(rows)])  # (R, M)
                 total += softmax(logits, chunk_labels, seen_tokens.last_count, 1 / len(inputs))
                 if with_gradient:
                     gradients.append((logits @ matrix).to(hidden_states.dtype))
@@ -85,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _softmax_(logits: Tensor, labels: Tensor, last_count: int, scale: float) -> Tensor:
-    """Return the summed loss () of logits (R, M), in whose place its gradient times scale is left.
+    """Return the summed loss () of logits (R, M), and overwrite them with its gradient times scale.
 
     The last column counts last_count times.
     """
@@ -109,21 +109,21 @@ def _compiled_softmax() -> Callable[..., Tensor]:
     return torch.compile(_softmax_)
 
 
-def _logits_memory(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory for a chunk's logits (R, M), with N rows split into as few equal chunks as CHUNK_BYTES allows."""
+def _logits_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a buffer for a chunk's logits (R, M), with N rows split into as few equal chunks as CHUNK_BYTES allows."""
     # MPS before macOS 15 writes no product into rows that are apart.
     stride = columns if device.type == "mps" else math.ceil(columns / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
     chunks = math.ceil(rows / (CHUNK_BYTES // (stride * dtype.itemsize)))
     chunk = math.ceil(rows / chunks)
-    memory = _memory(CHUNK_BYTES // dtype.itemsize, dtype, device)
-    return memory[: chunk * stride].view(chunk, stride)[:, :columns]
+    buffer = _buffer(CHUNK_BYTES // dtype.itemsize, dtype, device)
+    return buffer[: chunk * stride].view(chunk, stride)[:, :columns]
 
 
 @cache
-def _memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory (size,), the same each time: so large a block would find no place among smaller ones.
+def _buffer(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a buffer (size,), the same each time: allocating it in every step would fragment the memory.
 
-    It is never freed, since a captured CUDA graph goes on writing there.
+    It is never freed, since captured CUDA graphs write there.
     """
     with torch.inference_mode(False):  # what is made in that mode cannot be written to outside
         return torch.empty(size, dtype=dtype, device=device)

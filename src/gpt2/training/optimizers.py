@@ -13,8 +13,8 @@ from gpt2.training.muon import Muon
 BETAS = (0.9, 0.95)  # Brown et al. 2020, appendix B
 
 
-def schedule(step: int, params: TrainParams) -> float:
-    """Return the fraction of the learning rates at step `step` (from 0): linear warm-up, all, linear decay to zero.
+def learning_rate_factor(step: int, params: TrainParams) -> float:
+    """Return what learning rates are multiplied by at step `step` (from 0): linear warm-up, 1, linear decay to zero.
 
     The decay takes the last decay_fraction of max_steps (Hu et al. 2024, "MiniCPM", section 4).
     """
@@ -27,7 +27,7 @@ def schedule(step: int, params: TrainParams) -> float:
 def build_optimizers(model: GPT2Model, params: TrainParams, precision: torch.dtype) -> list[torch.optim.Optimizer]:
     """Return the optimizers which together hold every parameter once; give them their learning rates before a step.
 
-    "muon" moves the blocks' matrices, with matmuls in `precision`; all else is AdamW's (Loshchilov & Hutter 2019).
+    "muon" updates the blocks' matrices, with matmuls in `precision`; all else is AdamW's (Loshchilov & Hutter 2019).
     Only matrices decay; embeddings, norms and biases do not.
     """
     embeddings = {id(model.token_embedding.weight), id(model.position_embedding.weight)}
@@ -54,7 +54,7 @@ def build_optimizers(model: GPT2Model, params: TrainParams, precision: torch.dty
 
 def set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], step: int, params: TrainParams) -> None:
     """Give every parameter group its learning rate at that step, from the parameter which its "rate" names."""
-    fraction = schedule(step, params)
+    factor = learning_rate_factor(step, params)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = getattr(params, group["rate"]) * fraction
+            group["lr"] = getattr(params, group["rate"]) * factor

@@ -49,9 +49,9 @@ def run_training(
     """Train `model` in place for params.max_steps optimizer steps; return the final metrics and all that was logged.
 
     `seen` (V,) tells which tokens the training split has. If there is a checkpoint, the training resumes from it, and
-    log_metrics(step, metrics) first gets again what was logged before. The weights depend on the model, the tokens,
-    params and the kind of device alone, not on interruptions; on a GPU, whose sums may come in another order, to
-    rounding. Raises UserError if a split is too short for one window, the device is not available, or a loss or
+    log_metrics(step, metrics) first receives the logged history again. On a CPU, the weights depend on the model, the
+    tokens, params, threads and precision alone, not on interruptions; on a GPU, whose sums may come in another order,
+    to rounding. Raises UserError if a split is too short for one window, the device is not available, or a loss or
     gradient is not finite; Stopped on Ctrl-C or SIGTERM, after saving a checkpoint; OSError if none can be saved.
     """
     device = choose_device(runtime.device)
@@ -79,7 +79,7 @@ def run_training(
         with stop_requests() as stop_signal:
             train(trainer, log, start, stop_signal)
     except NonFiniteError as error:
-        raise UserError(f"{error}; {checkpoints.last()}; try a lower train.learning_rate") from None
+        raise UserError(f"{error}; {checkpoints.last()}; try lower learning rates") from None
     return log.final_metrics() | {"parameters": model.count_parameters()}, log.history
 
 

@@ -1,4 +1,4 @@
-"""The training loop, and what one step of it does. It knows batches and a loss; not attention, files or MLflow.
+"""The training loop, and what one step of it does. It knows batches and a loss; not attention or MLflow.
 
 Shapes: B batch, T positions.
 """

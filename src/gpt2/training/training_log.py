@@ -13,7 +13,7 @@ from tqdm import tqdm
 from gpt2.config import TrainParams
 from gpt2.core.device import peak_memory_bytes
 from gpt2.training.history import History, LogMetrics
-from gpt2.training.optimizers import schedule
+from gpt2.training.optimizers import learning_rate_factor
 
 
 class NonFiniteError(Exception):
@@ -31,7 +31,7 @@ class TrainingLog:
         self.history: History = []
         self._params, self._device, self._log_metrics = params, device, log_metrics
         self._on_device: list[tuple[int, Tensor, Tensor]] = []
-        self._unread: list[tuple[int, float, float]] = []
+        self._unlogged: list[tuple[int, float, float]] = []
         self._steps, self._seconds, self._earlier_peak_bytes = 0, 0.0, 0
         self._started = time.perf_counter()
 
@@ -48,10 +48,10 @@ class TrainingLog:
     def log_training(self, step: int) -> None:
         """Log the means since the last time: loss, gradient norm and speed; and the learning rate of step `step`."""
         self._read()
-        _, losses, grad_norms = zip(*self._unread, strict=True)
+        _, losses, grad_norms = zip(*self._unlogged, strict=True)
         seconds, steps = time.perf_counter() - self._started, len(losses)
         self._steps, self._seconds = self._steps + steps, self._seconds + seconds
-        self._unread, self._started = [], time.perf_counter()
+        self._unlogged, self._started = [], time.perf_counter()
         loss, tokens_per_second = math.fsum(losses) / steps, steps * self._batch_tokens / seconds
         self._bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens_per_second:.0f}")
         self._log(
@@ -59,7 +59,7 @@ class TrainingLog:
             {
                 "train/loss": loss,
                 "train/grad_norm": math.fsum(grad_norms) / steps,
-                "train/learning_rate": self._params.learning_rate * schedule(step - 1, self._params),
+                "train/learning_rate": self._learning_rate(step),
                 "train/tokens_per_second": tokens_per_second,
             },
         )
@@ -82,7 +82,7 @@ class TrainingLog:
         self._started += time.perf_counter() - began
 
     def final_metrics(self) -> dict[str, float]:
-        """Return what train.json tells of a training that has ended, but for the model's size."""
+        """Return the metrics for train.json, except the parameter count."""
         last = {name: value for _, metrics in self.history for name, value in metrics.items()}
         return {
             "train_loss": last["train/loss"],
@@ -99,8 +99,8 @@ class TrainingLog:
         self._read()
         return {
             "history": self.history,
-            "unread": self._unread,
-            "seconds_unread": time.perf_counter() - self._started,
+            "unlogged": self._unlogged,
+            "seconds_unlogged": time.perf_counter() - self._started,
             "steps": self._steps,
             "seconds": self._seconds,
             "peak_memory_bytes": self._peak_memory_bytes(),
@@ -110,8 +110,8 @@ class TrainingLog:
         """Resume from a state, and log its history again."""
         for step, metrics in state["history"]:
             self._log(step, metrics)
-        self._unread = [(step, loss, grad_norm) for step, loss, grad_norm in state["unread"]]
-        self._started = time.perf_counter() - state["seconds_unread"]
+        self._unlogged = [(step, loss, grad_norm) for step, loss, grad_norm in state["unlogged"]]
+        self._started -= state["seconds_unlogged"]  # no step has been done yet
         self._steps, self._seconds = state["steps"], state["seconds"]
         self._earlier_peak_bytes = state["peak_memory_bytes"]
 
@@ -136,9 +136,11 @@ class TrainingLog:
         for step, loss, grad_norm in zip(steps, values[: len(steps)], values[len(steps) :], strict=True):
             self._check_finite("loss", loss, step)
             self._check_finite("gradient norm", grad_norm, step)
-            self._unread.append((step, loss, grad_norm))
+            self._unlogged.append((step, loss, grad_norm))
 
     def _check_finite(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            learning_rate = self._params.learning_rate * schedule(step - 1, self._params)
-            raise NonFiniteError(f"the {name} is {value} at step {step}, learning rate {learning_rate:g}")
+            raise NonFiniteError(f"the {name} is {value} at step {step}, learning rate {self._learning_rate(step):g}")
+
+    def _learning_rate(self, step: int) -> float:
+        return self._params.learning_rate * learning_rate_factor(step - 1, self._params)
