@@ -1,6 +1,6 @@
 """Perplexity by a sliding window: every token is scored once, with as much context as the stride leaves it.
 
-Shapes: B batch, T positions, S scored positions, C d_model, N tokens, V vocabulary.
+Shapes: B batch, T positions, S scored positions, R rows of logits, C d_model, N tokens, V vocabulary.
 """
 
 import itertools
@@ -17,6 +17,8 @@ from gpt2.core.errors import UserError
 from gpt2.data.batches import Tokens
 from gpt2.data.tokenizer import END_OF_TEXT_ID
 from gpt2.model.gpt2 import GPT2Model
+
+LOGITS_ROWS = 128  # at once: more would need memory that the allocator gets anew each time
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,11 @@ def token_losses(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int)
         starts = [window.start for window in group]
         for i in range(0, len(starts), batch_size):
             positions = torch.tensor(starts[i : i + batch_size])[:, None] + torch.arange(length)  # (B, T)
-            hidden_states = model.hidden_states(inputs[positions].to(device))[:, -scored:]  # (B, S, C)
-            logits = model.output_projection(hidden_states).flatten(0, 1).float()  # (B * S, V)
+            hidden_states = model.hidden_states(inputs[positions].to(device))[:, -scored:].flatten(0, 1)  # (B * S, C)
             scored_at = positions[:, -scored:].flatten()
-            losses[scored_at] = F.cross_entropy(logits, targets[scored_at].to(device), reduction="none").cpu()
+            for rows, at in zip(hidden_states.split(LOGITS_ROWS), scored_at.split(LOGITS_ROWS), strict=True):
+                logits = model.output_projection(rows).float()  # (R, V)
+                losses[at] = F.cross_entropy(logits, targets[at].to(device), reduction="none").cpu()
     return losses
 
 
