@@ -1,5 +1,11 @@
 """Stage evaluate: the trained model's perplexity on the test split."""
 
+import os
+
+from gpt2.core.environment import OPENMP_DEFAULTS
+
+os.environ.update(OPENMP_DEFAULTS | os.environ)
+
 from gpt2.config import load_params
 from gpt2.core.cli import run_command
 from gpt2.core.device import autocast, choose_device, choose_precision, use_threads

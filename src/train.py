@@ -2,9 +2,9 @@
 
 import os
 
-from gpt2.core.environment import MLFLOW_DEFAULTS, TRAINING_DEFAULTS
+from gpt2.core.environment import MLFLOW_DEFAULTS, OPENMP_DEFAULTS
 
-os.environ.update(MLFLOW_DEFAULTS | TRAINING_DEFAULTS | os.environ)
+os.environ.update(MLFLOW_DEFAULTS | OPENMP_DEFAULTS | os.environ)
 
 from gpt2.config import ModelConfig, load_params
 from gpt2.core.cli import run_command

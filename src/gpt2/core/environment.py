@@ -10,4 +10,4 @@ MLFLOW_DEFAULTS = {
 }
 
 # OpenMP's idle threads sleep then. By default they spin, so that two trainings on the same cores take twice as long.
-TRAINING_DEFAULTS = {"OMP_WAIT_POLICY": "passive"}
+OPENMP_DEFAULTS = {"OMP_WAIT_POLICY": "passive"}
