@@ -93,3 +93,8 @@ def test_a_registered_model_requires_what_its_code_imports() -> None:
     distributions = packages_distributions()
     for module in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"gpt2"}:
         assert {name.lower().replace("-", "_") for name in distributions[module]} & set(PACKAGES), module
+
+
+def test_the_model_file_opens_alone() -> None:
+    modules = {module.partition(".")[0] for module in imported_modules(SRC / "gpt2" / "model" / "gpt2.py")}
+    assert modules - sys.stdlib_module_names == {"torch"}
