@@ -96,5 +96,5 @@ def test_a_registered_model_requires_what_its_code_imports() -> None:
 
 
 def test_the_model_file_opens_alone() -> None:
-    modules = {module.partition(".")[0] for module in imported_modules(SRC / "gpt2" / "model" / "gpt2.py")}
+    modules = {module.partition(".")[0] for module in imported_names(SRC / "gpt2" / "model" / "gpt2.py")}
     assert modules - sys.stdlib_module_names == {"torch"}
