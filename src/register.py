@@ -1,6 +1,6 @@
 """Stage register: complete the run in MLflow, make a version of the weights, and make the best version the champion.
 
-With --show, --verify or --repair it registers nothing.
+With an option it registers nothing.
 """
 
 import os
@@ -14,12 +14,13 @@ from gpt2.config import Params, champion_uri, load_params
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.errors import UserError
 from gpt2.core.files import read_json, write_json
-from gpt2.core.paths import METRICS, MODEL, PARAMS, RECEIPT, TOKENS
-from gpt2.model.weights import CONFIG, read_config, short_name
-from gpt2.tracking.lineage import checkpoint_folder
+from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, RECEIPT, TOKENS
+from gpt2.model.weights import read_config, short_name
+from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, choose_champion, promote
+from gpt2.tracking.lineage import Lineage, checkpoint_folder, differences
 from gpt2.tracking.provenance import provenance
-from gpt2.tracking.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, promote, register, verify
-from gpt2.tracking.runs import MODEL_SHA256, flatten, mirror_run
+from gpt2.tracking.registry import RUN_ID, TEST_LOSS, register, verify
+from gpt2.tracking.runs import MODEL_SHA256, lineage_tags, mirror_run
 from gpt2.tracking.store import repair
 from gpt2.training.checkpoints import Checkpoints
 
@@ -31,15 +32,19 @@ def main() -> None:
         ("--verify", "read a model's weights, and compare their SHA-256 with the registered one"),
     ):
         parser.add_argument(name, nargs="?", const="", metavar="URI", help=f"{about} (default: the champion)")
+    parser.add_argument("--promote", metavar="VERSION", help="make a version the champion, whatever its loss")
     parser.add_argument("--repair", action="store_true", help="mend the paths in MLflow's store after it was moved")
     arguments = parser.parse_args()
     if arguments.repair:
         print(repair())
+    if arguments.promote is not None:
+        name, _, alias = champion_uri(PARAMS).removeprefix("models:/").partition("@")
+        print(promote(name, alias, arguments.promote))
     if arguments.show is not None:
         print(provenance(arguments.show or champion_uri(PARAMS)))
     if arguments.verify is not None:
         print(verify(arguments.verify or champion_uri(PARAMS)))
-    if not arguments.repair and arguments.show is None and arguments.verify is None:
+    if not arguments.repair and arguments.promote == arguments.show == arguments.verify is None:
         register_results()
 
 
@@ -47,42 +52,49 @@ def register_results() -> None:
     """Log the results of the stages before to MLflow, and register the model."""
     params = load_params(PARAMS)
     try:
-        tags = result_tags(params)
+        lineage = read_json(LINEAGE)
+        check_parameters(params, lineage)
+        measured = measured_tags()
+        made_from = lineage_tags(lineage) | {MODEL_SHA256: read_config(MODEL)[1]}
     except (KeyError, TypeError) as error:
         raise UserError(f"the results cannot be read ({error!r}); run `dvc repro`") from None
     name, alias = params.register_.name, params.register_.alias
-    with mirror_run(params, tags[MODEL_SHA256]) as run:
-        version = register(MODEL, name, tags)
-        verdict = promote(name, alias, version)
+    with mirror_run(params, lineage, made_from[MODEL_SHA256]) as run:
+        version = register(name, made_from, measured | {RUN_ID: run.info.run_id})
+        verdict = choose_champion(version, params)
     print(f"run {run.info.run_name}: {run.info.run_id}")
     print(verdict)
-    Checkpoints(checkpoint_folder(params)).remove()
+    Checkpoints(checkpoint_folder(lineage["train_key"])).remove()
     # The same results leave the same receipt, whatever ids and version numbers the store gave them.
-    write_json(RECEIPT, {"name": name, "alias": alias, **tags})
+    write_json(RECEIPT, {"name": name, "alias": alias, **made_from, **measured})
 
 
-def result_tags(params: Params) -> dict[str, str]:
-    """Return the tags of a version: its weights, and how they were measured.
+def check_parameters(params: Params, lineage: Lineage) -> None:
+    """Raise UserError if the results are of other parameters than the present ones, or of several models.
 
-    Raises UserError if the results are not of the present parameters, KeyError or TypeError if a file is broken.
+    Raises KeyError or TypeError if a file of results is broken.
     """
     evaluated, sampled = (read_json(METRICS / f"{stage}.json") for stage in ("evaluate", "sample"))
-    meta = read_json(TOKENS / "meta.json")
-    results = {"prepare": {"source": meta["source"]}, "evaluate": {"stride": evaluated["stride"]}}
-    recorded = flatten(read_json(MODEL / CONFIG) | results)
-    compared: Any = {"prepare": {"source"}, "model": True, "train": True, "evaluate": {"stride"}}
-    present = flatten(params.model_dump(include=compared))
-    changes = [f"{key} {recorded.get(key)}, not {now}" for key, now in present.items() if recorded.get(key) != now]
+    recorded = {name: lineage[name] for name in ("prepare", "model", "train", "runtime")}
+    recorded["evaluate"] = {"stride": evaluated["stride"]}
+    compared: Any = dict.fromkeys(recorded, True) | {"evaluate": {"stride"}}
+    changes = differences(recorded, params.model_dump(include=compared))
     if changes:
         raise UserError(f"the results are of other parameters ({'; '.join(changes)}); run `dvc repro`")
     for stage, result in (("evaluate", evaluated), ("sample", sampled)):
         if result["model"] != short_name(MODEL):
             raise UserError(f"the results of stage {stage} are not of the model in {MODEL}; run `dvc repro`")
+
+
+def measured_tags() -> dict[str, str]:
+    """Return the tags of a version that tell how its weights were measured. Raises KeyError or TypeError."""
+    evaluated, meta = read_json(METRICS / "evaluate.json"), read_json(TOKENS / "meta.json")
     return {
-        MODEL_SHA256: read_config(MODEL)[1],
+        VAL_LOSS: repr(evaluated["val_loss"]),
+        VAL_SHA256: meta["splits"]["val"]["sha256"],
+        STRIDE: str(evaluated["stride"]),
+        TOKENIZER: meta["tokenizer"],
         TEST_LOSS: repr(evaluated["loss"]),
-        TEST_STRIDE: str(evaluated["stride"]),
-        TEST_SHA256: meta["splits"]["test"]["sha256"],
     }
 
 

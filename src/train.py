@@ -6,14 +6,14 @@ from gpt2.core.environment import MLFLOW_DEFAULTS, OPENMP_DEFAULTS
 
 os.environ.update(MLFLOW_DEFAULTS | OPENMP_DEFAULTS | os.environ)
 
-from gpt2.config import ModelConfig, load_params
-from gpt2.core.cli import run_command
+from gpt2.config import ModelConfig, Params, load_params
+from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import choose_device, use_threads
 from gpt2.core.files import file_lock, read_json, write_json
-from gpt2.core.paths import CHECKOUT_LOCK, METRICS, MODEL, PARAMS, PLOTS, TOKENS
+from gpt2.core.paths import CHECKOUT_LOCK, LINEAGE, METRICS, MODEL, PARAMS, PLOTS, TOKENS
 from gpt2.data.batches import load_seen, load_tokens
 from gpt2.model.weights import SEEN_TOKENS, save_model
-from gpt2.tracking.lineage import checkpoint_folder
+from gpt2.tracking.lineage import checkpoint_folder, collect_lineage, describe_saved_trainings, first_lineage
 from gpt2.tracking.runs import training_run
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.history import write_curves
@@ -21,22 +21,38 @@ from gpt2.training.run import build_model, run_training
 
 
 def main() -> None:
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    about = "delete the checkpoints of all trainings that are not running, and train nothing"
+    parser.add_argument("--remove-checkpoints", action="store_true", help=about)
+    if parser.parse_args().remove_checkpoints:
+        for folder in checkpoint_folder("").glob("*/"):
+            Checkpoints(folder).remove()
+        return
     params = load_params(PARAMS)
+    # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
+    with file_lock(CHECKOUT_LOCK, "another training writes to this checkout"):
+        train(params)
+
+
+def train(params: Params) -> None:
     threads = use_threads(params.runtime.threads)
     config = ModelConfig(**params.model.model_dump(), vocab_size=read_json(TOKENS / "meta.json")["vocab_size"])
     model = build_model(config, params.train, choose_device(params.runtime.device))
     print(f"{model.count_parameters():,} parameters", flush=True)
     train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
     seen = load_seen(TOKENS / SEEN_TOKENS, config.vocab_size)
-    checkpoints = Checkpoints(checkpoint_folder(params))
-
-    # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
-    with file_lock(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
-        with training_run(params) as log_metrics:
+    lineage = collect_lineage(params, threads)
+    checkpoints = Checkpoints(checkpoint_folder(lineage["train_key"]))
+    with checkpoints.locked():
+        lineage = first_lineage(lineage)
+        for line in describe_saved_trainings(lineage):
+            print(f"{line}; `python src/train.py --remove-checkpoints` deletes them", flush=True)
+        with training_run(params, lineage) as log_metrics:
             metrics, history = run_training(
                 model, train_tokens, val_tokens, seen, params.train, params.runtime, checkpoints, log_metrics
             )
         digest = save_model(model, config, MODEL, params.train, seen if params.train.fused else None)
+        write_json(LINEAGE, lineage)
         write_curves(history, PLOTS)
         write_json(METRICS / "train.json", metrics | {"threads": threads})
     # The checkpoints stay until register has run: DVC may be killed before it has taken note of these results.

@@ -154,7 +154,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(store, "ROOT", root)
         for module in (store, runs):
             patch.setattr(module, "RECEIPT", root / "mlartifacts" / "receipt.json")
-        patch.setattr(runs, "train_key", lambda params: "of these parameters")
         yield root
         mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # back to the default
 

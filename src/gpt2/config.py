@@ -162,6 +162,7 @@ class SampleParams(Section):
 class RegisterParams(Section):
     name: Name
     alias: Annotated[str, AfterValidator(_alias)]
+    promote: Literal["if_better", "always", "never"]
 
 
 class Params(Section):

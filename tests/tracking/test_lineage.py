@@ -12,8 +12,17 @@ import torch
 import yaml
 
 from gpt2.config import Params, check
+from gpt2.core.files import sha256_of
 from gpt2.tracking import lineage
-from gpt2.tracking.lineage import git_commit, hash_of, run_key, train_key
+from gpt2.tracking.lineage import (
+    collect_lineage,
+    describe_saved_trainings,
+    differences,
+    first_lineage,
+    flatten,
+    hash_of,
+    run_key,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -26,8 +35,15 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "data" / "tokens").mkdir(parents=True)
     for name in ("meta.json", "train.bin", "val.bin"):
         (tmp_path / "data" / "tokens" / name).write_bytes(b"tokens")
+    (tmp_path / "data" / "tokens" / "meta.json").write_text('{"prepare": {"source": "sotu"}}')
     monkeypatch.setattr(lineage, "ROOT", tmp_path)
+    monkeypatch.setattr(lineage, "TOKENS", tmp_path / "data" / "tokens")
+    monkeypatch.setattr(lineage, "main_root", lambda: tmp_path)
     return tmp_path
+
+
+def train_key(params: Params) -> str:
+    return collect_lineage(params, threads=1)["train_key"]
 
 
 @pytest.fixture
@@ -75,17 +91,39 @@ def test_train_key_changes_with_pytorch(
     assert train_key(params()) != key
 
 
-def test_a_commit_is_dirty_while_its_code_is_changed(checkout: Path) -> None:
-    assert git_commit() is None
+def test_a_lineage_tells_the_commit_and_what_has_been_changed_since(
+    checkout: Path, params: Callable[..., Params]
+) -> None:
+    assert collect_lineage(params(), 1)["commit"] == ""
     for command in ("init -q", "add -A", "-c user.name=Test -c user.email=test@example.com commit -qm code"):
         subprocess.run(["git", "-C", str(checkout), *command.split()], check=True)
-    commit = git_commit()
-    assert commit and re.fullmatch("[0-9a-f]{40}", commit)
-    (checkout / "params.yaml").write_text("an experiment's")
-    assert git_commit() == commit
-    with (checkout / "src" / "train.py").open("a") as file:
-        file.write("\n")
-    assert git_commit() == f"{commit}-dirty"
+    found = collect_lineage(params(), 1)
+    assert re.fullmatch("[0-9a-f]{40}", found["commit"]) and not found["diff"] and not found["uncommitted"]
+    assert found["files"]["src/train.py"] == sha256_of(checkout / "src" / "train.py")
+    for name in ("src/train.py", "src/new.py", "notes.txt"):
+        with (checkout / name).open("a") as file:
+            file.write("# changed\n")
+    changed = collect_lineage(params(), 1)
+    assert changed["commit"] == found["commit"] and "+# changed" in changed["diff"]
+    assert changed["uncommitted"] == ["src/train.py", "src/new.py"]
+
+
+def test_a_resumed_training_keeps_the_lineage_of_its_first_start_and_others_tell_how_they_differ(
+    checkout: Path, params: Callable[..., Params]
+) -> None:
+    first = first_lineage(collect_lineage(params(), threads=1))
+    assert first_lineage(first | {"commit": "of a later start"}) == first
+    assert describe_saved_trainings(first) == []
+    folder = lineage.checkpoint_folder(first["train_key"])
+    (folder / "checkpoint").write_bytes(b"0" * 3_000_000)
+    other = collect_lineage(params(learning_rate=0.1), threads=1)
+    (line,) = describe_saved_trainings(other)
+    assert line == f"{folder} keeps 3 MB of another training's checkpoints (train.learning_rate 0.002, not 0.1)"
+
+
+def test_differences_join_names_and_keep_lists() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": [{"e": 2}]}, "f": None}) == {"a.b.c": 1, "a.d": [{"e": 2}], "f": None}
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c 2, not 3", "d None, not 4"]
 
 
 def test_hash_is_of_the_content_not_of_its_order() -> None:

@@ -17,9 +17,11 @@ from gpt2.config import Params, load_params
 from gpt2.core.errors import Stopped
 from gpt2.core.files import write_json, write_text
 from gpt2.tracking import runs as tracking
-from gpt2.tracking.runs import BATCH_LIMIT, RESULTS_KEY, SAMPLES_TABLE, THREADS, mirror_run, training_run
+from gpt2.tracking.runs import BATCH_LIMIT, COMMIT, RESULTS_KEY, SAMPLES_TABLE, THREADS, mirror_run, training_run
 from gpt2.tracking.store import open_store
 from gpt2.training.history import write_curves
+
+LINEAGE = {"train_key": "5" * 64, "commit": "c0ffee", "uncommitted": [], "environment": "of a test", "threads": 2}
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def points(run: Run, name: str) -> list[tuple[int, float]]:
 
 def test_a_long_curve_is_logged_whole(params: Params) -> None:
     steps = BATCH_LIMIT + 1
-    with training_run(params) as log_metrics:
+    with training_run(params, LINEAGE) as log_metrics:
         for step in range(steps):
             log_metrics(step, {"train/loss": 1 / (step + 1)})
     (run,) = runs_of(params)
@@ -60,7 +62,7 @@ def test_a_training_leaves_a_finished_run(params: Params, store: Path) -> None:
     receipt = store / "mlartifacts" / "receipt.json"
     receipt.parent.mkdir(exist_ok=True)
     receipt.touch()
-    with training_run(params) as log_metrics:
+    with training_run(params, LINEAGE) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
         log_metrics(2, {"train/loss": 4.0, "val/loss": 4.5})
     (run,) = runs_of(params)
@@ -92,23 +94,25 @@ def assert_mirrored(run: Run, params: Params) -> None:
     for name, value in final.items():
         assert points(run, name) == [(params.train.max_steps, value)], name
     assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)]
-    assert run.data.tags[THREADS] == "2"
+    assert run.data.tags[THREADS] == "2" and run.data.tags[COMMIT] == "c0ffee"
+    lineage = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/config/lineage.json")
+    assert lineage == LINEAGE
     samples = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{SAMPLES_TABLE}"))
     assert samples["data"] == [["The", 40, None, None, "end"], ["A", None, 0.9, 0.1, "end"]]
 
 
 def test_a_mirror_completes_a_trainings_run_or_is_made_anew_from_the_files(params: Params, results: Path) -> None:
-    with training_run(params) as log_metrics:
+    with training_run(params, LINEAGE) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
     (trained,) = runs_of(params)
     for _ in range(2):
-        with mirror_run(params, "of weights"):
+        with mirror_run(params, LINEAGE, "of weights"):
             pass
         (run,) = runs_of(params)
         assert run.info.run_id == trained.info.run_id
         assert_mirrored(run, params)
     mlflow.MlflowClient().delete_run(trained.info.run_id)
-    with mirror_run(params, "of weights"):
+    with mirror_run(params, LINEAGE, "of weights"):
         pass
     (run,) = runs_of(params)
     assert run.info.run_id != trained.info.run_id
@@ -131,7 +135,7 @@ def test_broken_results_are_refused(
     write_text(results / file, broken)
 
     def mirror() -> None:
-        with mirror_run(params, "of weights"):
+        with mirror_run(params, LINEAGE, "of weights"):
             raise AssertionError
 
     assert "the results cannot be read (" in error_line(mirror)
@@ -140,13 +144,13 @@ def test_broken_results_are_refused(
 def test_other_figures_of_the_samples_are_another_run(params: Params, results: Path) -> None:
     for repetition in (0.25, 0.5):
         write_json(results / "metrics/sample.json", SAMPLED | {"repetition": repetition})
-        with mirror_run(params, "of weights"):
+        with mirror_run(params, LINEAGE, "of weights"):
             pass
     assert sorted(points(run, "sample/repetition")[0][1] for run in runs_of(params)) == [0.25, 0.5]
 
 
 def test_a_failed_training_leaves_a_failed_run_and_its_error(params: Params) -> None:
-    with pytest.raises(ZeroDivisionError), training_run(params) as log_metrics:
+    with pytest.raises(ZeroDivisionError), training_run(params, LINEAGE) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
         raise ZeroDivisionError
     (run,) = runs_of(params)
@@ -154,7 +158,7 @@ def test_a_failed_training_leaves_a_failed_run_and_its_error(params: Params) -> 
 
 
 def test_a_stopped_training_leaves_a_killed_run(params: Params) -> None:
-    with pytest.raises(Stopped), training_run(params) as log_metrics:
+    with pytest.raises(Stopped), training_run(params, LINEAGE) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
         raise Stopped(signal.SIGTERM, "stopped")
     (run,) = runs_of(params)
@@ -163,11 +167,11 @@ def test_a_stopped_training_leaves_a_killed_run(params: Params) -> None:
 
 @pytest.mark.parametrize("status", ["RUNNING", "KILLED", "FAILED", "FINISHED"])
 def test_a_run_without_results_is_continued_and_no_point_comes_twice(params: Params, status: str) -> None:
-    with training_run(params) as log_metrics:
+    with training_run(params, LINEAGE) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
     (dead,) = runs_of(params)
     mlflow.MlflowClient().update_run(dead.info.run_id, status=status)
-    with training_run(params) as log_metrics:
+    with training_run(params, LINEAGE) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
         log_metrics(2, {"train/loss": 4.0})
     (run,) = runs_of(params)
@@ -176,9 +180,9 @@ def test_a_run_without_results_is_continued_and_no_point_comes_twice(params: Par
 
 
 def test_a_completed_run_is_not_continued(params: Params) -> None:
-    with training_run(params):
+    with training_run(params, LINEAGE):
         mlflow.set_tag(RESULTS_KEY, "the files'")
-    with training_run(params):
+    with training_run(params, LINEAGE):
         pass
     assert len(runs_of(params)) == 2
 
@@ -193,7 +197,7 @@ def test_a_store_that_fails_does_not_fail_the_training(
 
     monkeypatch.setattr(mlflow.MlflowClient, failing, fail)
     trained = False
-    with training_run(params) as log_metrics:
+    with training_run(params, LINEAGE) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
         trained = True
     assert trained
@@ -214,7 +218,7 @@ def test_a_store_that_fails_for_a_while_shows_how_the_training_ended(
     ending: BaseException | None, status: str, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "FLUSH_SECONDS", -1)
-    with contextlib.suppress(ZeroDivisionError, Stopped, SystemExit), training_run(params) as log_metrics:
+    with contextlib.suppress(ZeroDivisionError, Stopped, SystemExit), training_run(params, LINEAGE) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
         with monkeypatch.context() as patch:
             patch.delattr(mlflow.MlflowClient, "log_batch")
@@ -233,7 +237,7 @@ def test_a_store_that_cannot_be_fails_no_training_and_takes_no_time(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     begun = time.monotonic()
-    with training_run(params) as log_metrics:
+    with training_run(params, LINEAGE) as log_metrics:
         log_metrics(1, {"train/loss": 5.0})
     assert time.monotonic() < begun + 20
     assert capsys.readouterr().err.startswith("warning: MLflow's store fails, so training continues without it")
@@ -250,7 +254,7 @@ def test_the_run_of_a_killed_experiment_is_resumed_under_another_name(
         (None, "FINISHED"),
     ):
         monkeypatch.setenv("DVC_EXP_NAME", name or "")
-        with training_run(params) as log_metrics:
+        with training_run(params, LINEAGE) as log_metrics:
             log_metrics(1, {"train/loss": 5.0})
         newest = runs_of(params)[0]
         assert newest.data.tags.get("dvc.experiment") == name
@@ -259,6 +263,17 @@ def test_the_run_of_a_killed_experiment_is_resumed_under_another_name(
     assert [run.info.run_name for run in runs_of(params)][1] == "calm-dog" and len(runs_of(params)) == 2
 
 
-def test_flatten_joins_names_and_keeps_lists() -> None:
-    flat = tracking.flatten({"a": {"b": {"c": 1}, "d": [{"e": 2}]}, "f": None})
-    assert flat == {"a.b.c": 1, "a.d": [{"e": 2}], "f": None}
+def test_a_run_of_another_program_is_never_taken_over(
+    params: Params, monkeypatch: pytest.MonkeyPatch, store: Path
+) -> None:
+    client = mlflow.MlflowClient()
+    foreign = client.create_run(client.create_experiment("foreign"), run_name="foreign")
+    open_store()
+    monkeypatch.setenv("MLFLOW_RUN_ID", foreign.info.run_id)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "foreign")
+    with training_run(params, LINEAGE) as log_metrics:
+        log_metrics(1, {"train/loss": 5.0})
+    (run,) = runs_of(params)
+    assert run.info.run_id != foreign.info.run_id and points(run, "train/loss") == [(1, 5.0)]
+    untouched = client.get_run(foreign.info.run_id)
+    assert untouched.info.run_name == "foreign" and not untouched.data.metrics and not untouched.data.params

@@ -49,7 +49,7 @@ def write_token_files(
         table.writeheader()
         table.writerows(rows)
     meta: dict[str, Any] = {
-        "source": source,
+        "prepare": {"source": source, "val_fraction": val_fraction, "test_fraction": test_fraction},
         "tokenizer": tokenizer.NAME,
         "vocab_size": tokenizer.VOCAB_SIZE,
         "splits": {split: _totals([row for row in rows if row["split"] == split]) for split in SPLITS},

@@ -103,3 +103,7 @@ def perplexity(loss: float) -> float:
 
 def _inputs(tokens: Tokens) -> Tensor:
     return torch.from_numpy(np.concatenate([[END_OF_TEXT_ID], tokens[:-1]]).astype(np.int64))
+
+
+def mean_loss(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) -> float:
+    return token_losses(model, tokens, stride, batch_size).double().mean().item()

@@ -1,10 +1,10 @@
-"""Hashes of what a result was made from: equal inputs have equal keys in every clone."""
+"""What a result was made from: a key that equal inputs share in every clone, and the record that a training leaves."""
 
 import hashlib
 import json
+import platform
 import subprocess
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,89 @@ import torch
 import yaml
 
 from gpt2.config import Params
-from gpt2.core.files import sha256_of
-from gpt2.core.paths import ROOT, main_root
+from gpt2.core.device import choose_device
+from gpt2.core.files import read_json, sha256_of, write_json
+from gpt2.core.paths import ROOT, TOKENS, main_root
+
+UNCOMMITTED = ("src", "dvc.yaml", "params.yaml", "requirements.txt")  # what a diff to the commit is of
+INPUTS = ("model", "train", "runtime", "torch", "files")  # of a training: its weights depend on nothing else
+Lineage = dict[str, Any]
 
 
-def train_key(params: Params) -> str:
-    """Return the hash of what training depends on: the files that dvc.yaml lists for it, its parameters, PyTorch."""
+def collect_lineage(params: Params, threads: int) -> Lineage:
+    """Return what a training that begins now is made from, as JSON can hold it.
+
+    `train_key` is the hash of what the trained weights depend on: the files that dvc.yaml lists for the stage, its
+    parameters, and PyTorch. The rest tells where these came from.
+    """
     pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
-    return hash_of(
-        {
-            "files": {name: sha256 for path in pipeline["stages"]["train"]["deps"] for name, sha256 in _hashes(path)},
-            "model": params.model.model_dump(),
-            "train": params.train.model_dump(),
-            "runtime": params.runtime.model_dump(),
-            "torch": torch.__version__,
-        }
-    )
+    inputs = {
+        "files": {name: sha256 for path in pipeline["stages"]["train"]["deps"] for name, sha256 in _hashes(path)},
+        "model": params.model.model_dump(),
+        "train": params.train.model_dump(),
+        "runtime": params.runtime.model_dump(),
+        "torch": torch.__version__,
+    }
+    return {
+        "train_key": hash_of(inputs),
+        **inputs,
+        "prepare": read_json(TOKENS / "meta.json")["prepare"],
+        "threads": threads,
+        "environment": _environment(choose_device(params.runtime.device)),
+        "commit": _git("rev-parse", "HEAD").strip(),
+        "uncommitted": [line[3:] for line in _git("status", "--porcelain", "--", *UNCOMMITTED).splitlines()],
+        "diff": _git("diff", "--no-ext-diff", "HEAD", "--", *UNCOMMITTED),
+    }
+
+
+def first_lineage(lineage: Lineage) -> Lineage:
+    """Keep the lineage with which a training starts, and return it: a resumed one has that of its first start."""
+    path = checkpoint_folder(lineage["train_key"]) / "lineage.json"
+    if not path.exists():
+        write_json(path, lineage)
+    return read_json(path)
+
+
+def describe_saved_trainings(lineage: Lineage) -> list[str]:
+    """Return a line for each other training whose checkpoints are kept: their size, and how it differs from this."""
+    lines = []
+    for file in sorted(checkpoint_folder("").glob("*/lineage.json")):
+        if file.parent.name != lineage["train_key"]:
+            megabytes = sum(one.stat().st_size for one in file.parent.iterdir()) / 1e6
+            changes = "; ".join(
+                differences(*({name: one[name] for name in INPUTS} for one in (read_json(file), lineage)))
+            )
+            lines.append(f"{file.parent} keeps {megabytes:,.0f} MB of another training's checkpoints ({changes})")
+    return lines
+
+
+def differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """Return in words what of `present`, e.g. parameters by section, is not as recorded."""
+    before, now = flatten(recorded), flatten(present)
+    return [f"{key} {before.get(key)}, not {value}" for key, value in now.items() if before.get(key) != value]
+
+
+def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested sections into one level: {"train": {"seed": 1}} becomes {"train.seed": 1}; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def checkpoint_folder(train_key: str) -> Path:
+    """Return the folder of the checkpoints of a training, the same for all experiments."""
+    return main_root() / ".cache" / "train" / train_key
+
+
+def run_key(params: Params, train_key: str) -> str:
+    """Return the hash that names one run of the whole pipeline."""
+    return hash_of({"train_key": train_key, "params": params.model_dump(by_alias=True)})
+
+
+def hash_of(content: Any) -> str:
+    """Return the SHA-256 of content that JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _hashes(path: str) -> Iterator[tuple[str, str]]:
@@ -39,26 +106,18 @@ def _hashes(path: str) -> Iterator[tuple[str, str]]:
             yield file.relative_to(ROOT).as_posix(), sha256_of(file)
 
 
-def checkpoint_folder(params: Params) -> Path:
-    """Return the folder of the checkpoints of a training, the same for all experiments."""
-    return main_root() / ".cache" / "train" / train_key(params)
+def _environment(device: torch.device) -> str:
+    """Return what a training's bytes depend on besides its inputs, in words."""
+    cpu = torch.backends.cpu.get_cpu_capability()
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {cpu}"
+    return f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}, {hardware}"
 
 
-def run_key(params: Params, key: str) -> str:
-    """Return the hash that names one run of the whole pipeline; `key` is that of its training."""
-    return hash_of({"train_key": key, "params": params.model_dump(by_alias=True)})
-
-
-def git_commit() -> str | None:
-    """Return the commit that is checked out, with "-dirty" if its code has been changed; None outside git."""
-    git = partial(subprocess.check_output, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
+def _git(*arguments: str) -> str:
+    """Return what a git command prints; nothing outside git."""
     try:
-        commit = git(["git", "rev-parse", "HEAD"]).strip()
-        return commit + ("-dirty" if git(["git", "status", "--porcelain", "--", "src", "dvc.yaml"]) else "")
+        return subprocess.check_output(
+            ["git", *arguments], cwd=ROOT, text=True, errors="replace", stderr=subprocess.DEVNULL
+        )
     except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def hash_of(content: Any) -> str:
-    """Return the SHA-256 of content that JSON can hold, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return ""

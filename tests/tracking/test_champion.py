@@ -1,0 +1,169 @@
+"""The champion has the lowest validation loss, measured alike, on texts that no contender was trained on."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.entities.model_registry import ModelVersion
+
+from gpt2.config import ModelConfig, Params, check
+from gpt2.data.tokenizer import VOCAB_SIZE
+from gpt2.model.gpt2 import GPT2Model
+from gpt2.model.weights import save_model
+from gpt2.tracking import champion
+from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, VERDICT, choose_champion, promote
+from gpt2.tracking.registry import TEST_LOSS, fetch_model
+from gpt2.tracking.runs import MODEL_SHA256
+from gpt2.tracking.store import open_store
+
+VALIDATION = {"a": 30, "b": 20}  # documents of the workspace's validation split, and their tokens
+
+
+class Registry(SimpleNamespace):
+    """A registered model, versions of which a test makes, and the parameters of the register stage."""
+
+    def choose(self, version: ModelVersion, promote: str = "if_better") -> str:
+        section = self.params.register_.model_copy(update={"promote": promote})
+        return choose_champion(version, self.params.model_copy(update={"register_": section}))
+
+    @property
+    def champion(self) -> str:
+        return str(self.client.get_model_version_by_alias(self.name, "champion").version)
+
+
+@pytest.fixture
+def registry(
+    request: pytest.FixtureRequest,
+    shipped: dict[str, Any],
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_config: Callable[..., ModelConfig],
+    make_model: Callable[..., GPT2Model],
+) -> Iterator[Registry]:
+    tokens = tmp_path / "tokens"
+    write_documents(tokens, train={"c": 9}, val=VALIDATION)
+    count = sum(VALIDATION.values())
+    np.random.default_rng(1).integers(0, VOCAB_SIZE, count, dtype=np.uint16).tofile(tokens / "val.bin")
+    monkeypatch.setattr(champion, "TOKENS", tokens)
+    monkeypatch.setattr(champion, "DOCUMENTS", tokens / "documents.csv")
+    name = request.node.name.partition("[")[0]
+    sections = {"evaluate": {"stride": 6, "batch_size": 2}, "register": shipped["register"] | {"name": name}}
+    runtime = {"runtime": shipped["runtime"] | {"device": "cpu"}}
+    open_store()
+    client = mlflow.MlflowClient()
+    client.create_registered_model(name)
+
+    def make(scale: float, val_loss: float, trained_on: str = "c", **tags: str) -> ModelVersion:
+        """Make a version of a model: the larger the scale, the worse on random tokens, whatever its recorded loss."""
+        folder = tmp_path / str(scale)
+        model = make_model(vocab_size=VOCAB_SIZE)
+        model.output_projection.weight.data.mul_(scale)
+        measured = {VAL_LOSS: repr(val_loss), VAL_SHA256: "v", STRIDE: "6", TOKENIZER: "gpt2", TEST_LOSS: "1.0"}
+        digest = save_model(model, make_config(vocab_size=VOCAB_SIZE), folder / "artifacts" / "model")
+        (folder / "MLmodel").touch()
+        write_documents(folder / "artifacts", train=dict.fromkeys(trained_on, 9))
+        return client.create_model_version(name, str(folder), tags={MODEL_SHA256: digest} | measured | tags)
+
+    yield Registry(params=check(Params, shipped | sections | runtime, "params"), client=client, name=name, make=make)
+    client.delete_registered_model(name)
+
+
+def write_documents(folder: Path, **splits: Mapping[str, int]) -> None:
+    """Write what prepare tells of documents; their names stand in for their hashes."""
+    rows = []
+    for split, documents in splits.items():
+        first = 0
+        for name, count in documents.items():
+            rows.append({"document": name, "split": split, "first_token": first, "tokens": count, "sha256": name})
+            first += count
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(folder / "documents.csv", index=False)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected", "reason"),
+    [(4.9, "2", "4.9000 is below the 5.0000 of version 1"), (5.0, "1", "5.0000 is not below the 5.0000 of version 1")],
+)
+def test_a_lower_validation_loss_wins(registry: Registry, loss: float, expected: str, reason: str) -> None:
+    name = registry.name
+    assert registry.choose(registry.make(1, 5.0)) == f"{name} version 1 is champion: there is no other version"
+    second = registry.make(2, loss, **{TEST_LOSS: repr(9.0 if loss < 5 else 0.1)})  # the test split tells nothing
+    said = registry.choose(second)
+    assert said == f"{name} version 2 {'is' if expected == '2' else 'is not'} champion: validation loss {reason}"
+    assert registry.champion == expected
+    assert registry.client.get_model_version(name, "2").tags[VERDICT] == f"validation loss {reason}"
+    assert registry.choose(registry.client.get_model_version(name, registry.champion)).endswith("it holds it already")
+
+
+@pytest.mark.parametrize("other", [{STRIDE: "3"}, {VAL_SHA256: "of another split"}])
+def test_losses_that_were_measured_differently_are_measured_again(registry: Registry, other: dict[str, str]) -> None:
+    registry.choose(registry.make(1, 5.0))
+    worse = registry.choose(registry.make(9, 0.5, **other))  # it only seems better
+    assert "version 2 is not champion: scored again on 2 of 2 validation documents, loss" in worse
+    better = registry.choose(registry.make(0.1, 9.5, **other))
+    assert "version 3 is champion" in better and registry.champion == "3"
+
+
+def test_no_model_is_scored_on_what_it_was_trained_on(registry: Registry) -> None:
+    registry.choose(registry.make(9, 5.0, trained_on="ca"))
+    said = registry.choose(registry.make(1, 5.0, **{VAL_SHA256: "another"}))
+    assert "version 2 is champion: scored again on 1 of 2 validation documents" in said
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "tags", "reason"),
+    [
+        ("cab", {}, "it was trained on all of the validation split"),
+        ("", {}, "what it was trained on is not known"),
+        ("c", {TOKENIZER: "another"}, "it has another tokenizer"),
+    ],
+)
+def test_where_nothing_can_be_compared_nothing_is_promoted_but_by_hand(
+    registry: Registry, tmp_path: Path, trained_on: str, tags: dict[str, str], reason: str
+) -> None:
+    name = registry.name
+    registry.choose(registry.make(9, 5.0, trained_on or "c", **tags))
+    if not trained_on:
+        (tmp_path / "9" / "artifacts" / "documents.csv").unlink()
+    said = registry.choose(registry.make(1, 4.0, **{VAL_SHA256: "another"}))
+    assert said.startswith(f"{name} version 2 is not champion: it cannot be compared with version 1 ({reason}); ")
+    assert said.endswith("`python src/register.py --promote 2` makes it the champion")
+    assert promote(name, "champion", "2") == f"{name} version 2 is champion: promoted by hand"
+    assert registry.champion == "2"
+
+
+def test_the_best_of_the_others_takes_over_from_a_champion_that_is_lost(
+    registry: Registry, tmp_path: Path, error_line: Callable[[Callable[[], object]], str], store: Path
+) -> None:
+    name = registry.name
+    for scale, loss in ((1, 4.0), (2, 4.2), (3, 4.1)):
+        registry.choose(registry.make(scale, loss))
+    receipt = store / "mlartifacts" / "receipt.json"
+    receipt.parent.mkdir(exist_ok=True)
+    receipt.touch()
+    registry.client.delete_model_version(name, "1")
+    line = error_line(lambda: fetch_model(f"models:/{name}@champion"))
+    assert "there are versions 3, 2; `dvc repro` chooses the champion anew" in line
+    assert not receipt.exists()
+    said = registry.choose(registry.make(4, 4.3))
+    assert said.endswith("version 4 is not champion: validation loss 4.3000 is not below the 4.1000 of version 3")
+    assert registry.champion == "3"
+    shutil.rmtree(tmp_path / "3")
+    receipt.touch()
+    assert "does not exist" in error_line(lambda: fetch_model(f"models:/{name}@champion"))
+    assert not receipt.exists()
+    said = registry.choose(registry.make(5, 4.0))
+    assert "version 5 is champion: version 3, which held it, is lost; validation loss 4.0000 is below" in said
+
+
+def test_who_is_champion_may_be_left_to_a_person(registry: Registry) -> None:
+    assert "version 1 is not champion: register.promote is never" in registry.choose(registry.make(1, 5.0), "never")
+    assert "version 2 is champion: register.promote is always" in registry.choose(registry.make(2, 9.0), "always")
+    assert "is not champion" in registry.choose(registry.make(3, 1.0), "never") and registry.champion == "2"
