@@ -12,7 +12,7 @@ from gpt2.core.device import autocast, choose_device, choose_precision, use_thre
 from gpt2.core.files import read_json, write_json
 from gpt2.core.paths import METRICS, MODEL, PARAMS, TOKENS
 from gpt2.data.batches import load_tokens
-from gpt2.evaluation.perplexity import format_summary, summarize, token_losses
+from gpt2.evaluation.perplexity import format_summary, mean_loss, summarize, token_losses
 from gpt2.model.weights import load_model, short_name
 
 
@@ -25,7 +25,8 @@ def main() -> None:
     model, _, _ = load_model(MODEL)
     with autocast(device, choose_precision(params.runtime.precision, device)):
         losses = token_losses(model.to(device), tokens, params.evaluate.stride, params.evaluate.batch_size)
-    summary = summarize(losses, text_bytes)
+        val_loss = mean_loss(model, load_tokens(TOKENS / "val.bin"), params.evaluate.stride, params.evaluate.batch_size)
+    summary = summarize(losses, text_bytes) | {"val_loss": val_loss}
     write_json(METRICS / "evaluate.json", summary | {"stride": params.evaluate.stride, "model": short_name(MODEL)})
     print(f"test {format_summary(summary)}")
 

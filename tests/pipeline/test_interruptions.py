@@ -16,11 +16,13 @@ from typing import Any
 import psutil
 import pytest
 
+from gpt2.core.files import sha256_of
 from gpt2.tracking.runs import FLUSH_SECONDS
 from pipeline.helpers import (
     STAGES,
     Repro,
     assert_complete,
+    client_of,
     clone,
     digests,
     free_port,
@@ -141,6 +143,30 @@ def test_ctrl_c_saves_first_and_the_next_repro_goes_on(
         ["dvc", "repro", "train"], cwd=folder, env=environment, capture_output=True, text=True, check=True
     )
     assert f"resuming after step {step}, from" in done.stdout
+
+
+def test_an_edit_during_a_training_is_not_what_has_trained(
+    checkout: Path, environment: dict[str, str], tmp_path: Path, repro: Repro
+) -> None:
+    folder = clone(checkout, tmp_path / "gpt2", max_steps=20)
+    edited = folder / "src/gpt2/training/trainer.py"
+    trained = sha256_of(edited)
+    dvc = repro(folder, "train", 60)
+    script = stopped_script(dvc)
+    with edited.open("a") as file:
+        file.write("# edited\n")
+    script.resume()
+    assert dvc.wait(600) == 0
+    lineage = json.loads((folder / "data/lineage.json").read_text())
+    assert lineage["files"]["src/gpt2/training/trainer.py"] == trained != sha256_of(edited)
+    assert lineage["uncommitted"] == ["params.yaml"] and "+  max_steps: 20" in lineage["diff"]
+    (run,) = runs_by_name(folder).values()
+    assert_complete(folder, run, 20)
+    (version,) = client_of(folder).search_model_versions("name = 'gpt2'")
+    for tags in (run.data.tags, version.tags):
+        assert tags["gpt2.train_key"] == lineage["train_key"]
+        assert tags["mlflow.source.git.commit"] == lineage["commit"]
+    assert not list((folder / ".cache/train").iterdir())
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from gpt2.core.files import sha256_of
-from pipeline.helpers import Shell, run_scripts, runs_by_name
+from pipeline.helpers import Shell, assert_complete, client_of, run_scripts, runs_by_name
 
 pytestmark = pytest.mark.slow
 
@@ -19,11 +19,27 @@ def test_a_version_tells_how_to_make_it_again(checkout: Path, shell: Shell, repr
     assert shown["weights_sha256"] == made
     assert shown["git_commit"] == shell("git rev-parse HEAD").stdout.strip()
     assert shown["test_perplexity"] == json.loads((checkout / "data/metrics/evaluate.json").read_text())["perplexity"]
-    assert shown["test_stride"] == 16
+    assert shown["stride"] == 16
     assert shown["data_digest"] == sha256_of(checkout / "data/tokens/train.bin")[:32]
     assert shown["params"]["train"]["max_steps"] == 6 and shown["aliases"] == ["champion"]
     all_installed = "\n".join(line for line in commands.splitlines() if "pip install" not in line)
     assert shell(f"set -e\n{all_installed}").stdout.splitlines()[-1].split()[0] == made
+
+
+def test_a_version_outlives_its_run(checkout: Path, shell: Shell, reproduced: object) -> None:
+    (run,) = runs_by_name(checkout).values()
+    client_of(checkout).delete_run(run.info.run_id)
+    store = "sqlite:///mlflow.db"
+    shell(f"MLFLOW_TRACKING_URI={store} mlflow gc --backend-store-uri {store} --run-ids {run.info.run_id}")
+
+    def shown_run() -> str:
+        return yaml.safe_load(shell("python src/register.py --show").stdout.partition("\n\n")[0])["run"]
+
+    assert shown_run().startswith(f"{run.info.run_id} (deleted")
+    shell("python src/register.py")
+    (again,) = runs_by_name(checkout).values()
+    assert_complete(checkout, again, max_steps=6)
+    assert shown_run() == again.info.run_id != run.info.run_id
 
 
 def test_weights_that_were_not_registered_are_refused(
@@ -59,7 +75,8 @@ def test_results_that_do_not_belong_together_are_not_registered(
         ("metrics/evaluate.json", {"model": "of-older"}, "the results of stage evaluate are not of the model in"),
         ("metrics/sample.json", {"model": "of-older"}, "the results of stage sample are not of the model in"),
         ("metrics/evaluate.json", {"stride": 8}, "the results are of other parameters (evaluate.stride 8, not 16)"),
-        ("tokens/meta.json", {"source": "sotu"}, "other parameters (prepare.source sotu, not data/raw)"),
+        ("lineage.json", {"prepare": {"source": "sotu"}}, "other parameters (prepare.source sotu, not data/raw; "),
+        ("lineage.json", {"runtime": {"threads": 7}}, "other parameters (runtime.threads 7, not 1; "),
         ("tokens/meta.json", {"splits": None}, "the results cannot be read"),
     ):
         file = checkout / "data" / name

@@ -137,7 +137,7 @@ def test_earlier_parameters_bring_back_their_results(
     assert here.data.tags["dvc.experiment"] == "here"
     assert_complete(moved, here, max_steps=4)
     client = client_of(moved)
-    losses = {one.version: float(one.tags["gpt2.test_loss"]) for one in client.search_model_versions("name = 'gpt2'")}
+    losses = {one.version: float(one.tags["gpt2.val_loss"]) for one in client.search_model_versions("name = 'gpt2'")}
     champion = client.get_model_version_by_alias("gpt2", "champion")
     assert len(losses) == 2 and losses[champion.version] == min(losses.values())
     after = digests(moved)

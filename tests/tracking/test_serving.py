@@ -22,7 +22,7 @@ from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Reques
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, save_model
 from gpt2.tracking import serving
-from gpt2.tracking.registry import FOLDER, SIGNATURE
+from gpt2.tracking.registry import SIGNATURE
 from gpt2.tracking.serving import SharedEngine, TextGenerator, refuse_unknown_params
 
 PROMPTS = pd.DataFrame({"prompt": ["The war", "One nation"]})
@@ -44,8 +44,8 @@ def served(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> PyFuncMod
     folder = tmp_path_factory.mktemp("served") / "model"
     mlflow.pyfunc.save_model(
         folder,
-        python_model=str(serving.__file__),
-        artifacts={FOLDER: str(weights)},
+        python_model=str(Path(serving.__file__).with_name("model_code.py")),
+        artifacts={"model": str(weights)},
         signature=SIGNATURE,
         pip_requirements=[],
     )
