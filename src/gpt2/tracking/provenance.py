@@ -22,11 +22,10 @@ def provenance(uri: str) -> str:
     A version tells this by its own tags and files: its run may be deleted.
     """
     with open_version(uri) as version:
-        client = mlflow.MlflowClient()
+        client, tags, folder = mlflow.MlflowClient(), version.tags, artifacts_folder(version)
+        lineage = read_json(folder / LINEAGE.name)
         aliases = client.get_registered_model(version.name).aliases
-        run = _describe_run(client, version.tags[RUN_ID])
-        folder = artifacts_folder(version)
-    lineage, tags = read_json(folder / LINEAGE.name), version.tags
+        run = _describe_run(client, tags[RUN_ID])
     facts: dict[str, Any] = {
         "model": uri_of(version),
         "aliases": [alias for alias, number in aliases.items() if number == version.version],
