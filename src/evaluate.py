@@ -1,4 +1,4 @@
-"""Stage evaluate: the trained model's perplexity on the test split."""
+"""Stage evaluate: the trained model's perplexity on the validation and test splits."""
 
 import os
 
@@ -12,7 +12,7 @@ from gpt2.core.device import autocast, choose_device, choose_precision, use_thre
 from gpt2.core.files import read_json, write_json
 from gpt2.core.paths import METRICS, MODEL, PARAMS, TOKENS
 from gpt2.data.batches import load_tokens
-from gpt2.evaluation.perplexity import format_summary, mean_loss, summarize, token_losses
+from gpt2.evaluation.perplexity import format_summary, mean_loss, summarize
 from gpt2.model.weights import load_model, short_name
 
 
@@ -20,15 +20,18 @@ def main() -> None:
     params = load_params(PARAMS)
     use_threads(params.runtime.threads)
     device = choose_device(params.runtime.device)
-    tokens = load_tokens(TOKENS / "test.bin")
-    text_bytes = read_json(TOKENS / "meta.json")["splits"]["test"]["bytes"]
-    model, _, _ = load_model(MODEL)
-    with autocast(device, choose_precision(params.runtime.precision, device)):
-        losses = token_losses(model.to(device), tokens, params.evaluate.stride, params.evaluate.batch_size)
-        val_loss = mean_loss(model, load_tokens(TOKENS / "val.bin"), params.evaluate.stride, params.evaluate.batch_size)
-    summary = summarize(losses, text_bytes) | {"val_loss": val_loss}
-    write_json(METRICS / "evaluate.json", summary | {"stride": params.evaluate.stride, "model": short_name(MODEL)})
-    print(f"test {format_summary(summary)}")
+    splits = read_json(TOKENS / "meta.json")["splits"]
+    model = load_model(MODEL)[0].to(device)
+    figures: dict[str, dict[str, float]] = {}
+    for split in ("val", "test"):
+        tokens = load_tokens(TOKENS / f"{split}.bin")
+        with autocast(device, choose_precision(params.runtime.precision, device)):
+            loss = mean_loss(model, tokens, params.evaluate.stride, params.evaluate.batch_size)
+        figures[split] = summarize(loss, len(tokens), splits[split]["bytes"])
+        print(f"{split:4} {format_summary(figures[split])}")
+    # Models are selected on the validation split. The test split's figures have the plain names.
+    found = figures["test"] | {f"val_{name}": value for name, value in figures["val"].items()}
+    write_json(METRICS / "evaluate.json", found | {"stride": params.evaluate.stride, "model": short_name(MODEL)})
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def test_mistakes_are_one_line(run_infer: Infer, arguments: list[str], message: 
 def test_without_a_model_it_is_the_one_that_params_yaml_names(
     run_infer: Infer, model_folder: Path, shipped: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shipped["register"] = {"name": "mine", "alias": "best"}
+    shipped["register"] |= {"name": "mine", "alias": "best"}
     write_text(tmp_path / "params.yaml", yaml.safe_dump(shipped))
     monkeypatch.setattr(infer, "PARAMS", tmp_path / "params.yaml")
     monkeypatch.setattr(infer, "find_model", {"models:/mine@best": model_folder}.__getitem__)
@@ -284,8 +284,10 @@ def test_score_equals_that_of_the_stage(
     run_infer: Infer, model_folder: Path, tmp_path: Path, shipped_text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = [*tokenizer.encode(TEXT * 3), tokenizer.END_OF_TEXT_ID]
-    np.array(tokens, dtype="<u2").tofile(tmp_path / "test.bin")
-    write_json(tmp_path / "meta.json", {"splits": {"test": {"bytes": len((TEXT * 3).encode())}}})
+    for split in ("val", "test"):
+        np.array(tokens, dtype="<u2").tofile(tmp_path / f"{split}.bin")
+    size = {"bytes": len((TEXT * 3).encode())}
+    write_json(tmp_path / "meta.json", {"splits": {"val": size, "test": size}})
     params = yaml.safe_load(shipped_text)
     params["evaluate"]["stride"], params["runtime"] = 6, {"threads": 1, "device": "cpu", "precision": "auto"}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
@@ -294,11 +296,11 @@ def test_score_equals_that_of_the_stage(
     monkeypatch.setattr(evaluate, "PARAMS", tmp_path / "params.yaml")
     evaluate.main()
     recorded = read_json(tmp_path / "evaluate.json")
-    assert (recorded["tokens"], recorded["stride"]) == (len(tokens), 6)
+    assert (recorded["tokens"], recorded["stride"], recorded["val_loss"]) == (len(tokens), 6, recorded["loss"])
     code, text, _ = run_infer("--score", "-", stdin=TEXT * 3)  # which gives also what evaluate has just printed
     printed = text.splitlines()
-    assert code == 0 and printed[0].removeprefix("test ") == printed[1].partition(" per byte, ")[0] + " per byte"
-    assert f"perplexity {recorded['perplexity']:.2f}, {recorded['bits_per_byte']:.4f} bits per byte" in printed[1]
+    assert code == 0 and printed[1].removeprefix("test ") == printed[2].partition(" per byte, ")[0] + " per byte"
+    assert f"perplexity {recorded['perplexity']:.2f}, {recorded['bits_per_byte']:.4f} bits per byte" in printed[2]
 
 
 def test_explain_shows_the_most_surprising_tokens(run_infer: Infer, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gpt2.data.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE
-from gpt2.evaluation.perplexity import predict, sliding_windows, summarize, token_losses
+from gpt2.evaluation.perplexity import mean_loss, predictions, sliding_windows, summarize
 from gpt2.model.gpt2 import GPT2Model
 
 MAX_LEN = 6
@@ -20,12 +21,11 @@ MAX_LEN = 6
 def test_windows_score_each_token_once_with_the_context_there_is(count: int, max_len: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, max_len))
     scored: list[int] = []
-    for window in sliding_windows(count, max_len, stride):
-        end = window.start + window.length
-        assert window.start >= 0 and window.length <= max_len and end <= count
-        assert window.length == min(max_len, end)  # never less context than fits
-        assert 1 <= window.scored <= (stride if scored else max_len)
-        scored += range(end - window.scored, end)
+    for start, end, first in sliding_windows(count, max_len, stride):
+        assert start >= 0 and end <= count
+        assert end - start == min(max_len, end)  # never less context than fits
+        assert 1 <= end - first <= (stride if scored else max_len)
+        scored += range(first, end)
     assert scored == list(range(count))
 
 
@@ -50,43 +50,55 @@ def draw_tokens(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(0, VOCAB_SIZE, count).astype(np.uint16)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
 @pytest.mark.parametrize("stride", [1, 4, MAX_LEN])
 @pytest.mark.parametrize("count", [1, MAX_LEN - 1, MAX_LEN, 23])
-def test_losses_and_predictions_equal_those_of_one_token_at_a_time(model: GPT2Model, count: int, stride: int) -> None:
+def test_predictions_equal_those_of_one_token_at_a_time(
+    model: GPT2Model, count: int, stride: int, batch_size: int
+) -> None:
     tokens = draw_tokens(count)
-    losses = token_losses(model, tokens, stride, batch_size=2)
-    assert losses.shape == (count,)
-    for i, logits in enumerate(naive_logits(model, tokens, stride)):
-        expected = F.cross_entropy(logits.double(), torch.tensor(int(tokens[i]))).float()
-        torch.testing.assert_close(losses[i], expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(predict(model, tokens, i, stride), logits, atol=1e-5, rtol=0)
+    logits, targets = map(torch.cat, zip(*predictions(model, tokens, stride, batch_size), strict=True))
+    expected = torch.stack(list(naive_logits(model, tokens, stride)))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert targets.tolist() == tokens.tolist()
+    loss = F.cross_entropy(expected.double(), targets).item()
+    assert mean_loss(model, tokens, stride, batch_size) == pytest.approx(loss, abs=1e-6)
 
 
-def test_batch_size_does_not_change_the_losses(model: GPT2Model) -> None:
-    losses = [token_losses(model, draw_tokens(40), 2, batch_size) for batch_size in (1, 3, 100)]
-    for other in losses[1:]:
-        torch.testing.assert_close(other, losses[0], atol=1e-5, rtol=0)
+def test_a_split_is_read_a_batch_at_a_time(model: GPT2Model) -> None:
+    longest = 0
+
+    class Watched(np.ndarray):
+        def __getitem__(self, index: Any) -> Any:
+            nonlocal longest
+            found = super().__getitem__(index)
+            longest = max(longest, np.size(found))
+            return found
+
+    tokens = draw_tokens(500)
+    assert mean_loss(model, tokens.view(Watched), 2, 3) == mean_loss(model, tokens, 2, 3)
+    assert longest == MAX_LEN
 
 
 def test_stride_beyond_the_context_is_refused(
     model: GPT2Model, error_line: Callable[[Callable[[], object]], str]
 ) -> None:
-    line = error_line(lambda: token_losses(model, draw_tokens(40), MAX_LEN + 1, 8))
+    line = error_line(lambda: mean_loss(model, draw_tokens(40), MAX_LEN + 1, 8))
     assert "stride 7 is more than the model's max_len 6" in line
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_losses_that_are_not_finite_have_no_summary(
-    error_line: Callable[[Callable[[], object]], str], loss: float
+def test_a_loss_that_is_not_finite_is_refused(
+    make_model: Callable[..., GPT2Model], error_line: Callable[[Callable[[], object]], str]
 ) -> None:
-    assert "the loss is not finite" in error_line(lambda: summarize(torch.tensor([1.0, loss]), 1))
+    broken = make_model(vocab_size=VOCAB_SIZE, max_len=MAX_LEN)
+    broken.output_projection.weight.data[:] = math.inf
+    assert "the loss is not finite" in error_line(lambda: mean_loss(broken, draw_tokens(9), 2, 8))
 
 
-def test_summary_of_losses_known_beforehand() -> None:
-    half, quarter = math.log(2), math.log(4)  # one bit and two
-    summary = summarize(torch.tensor([half, quarter, quarter, quarter]), text_bytes=14)
-    assert summary == {
-        "loss": pytest.approx(1.75 * half),
+def test_summary_of_a_loss_known_beforehand() -> None:
+    bits = 1.75  # per token
+    assert summarize(bits * math.log(2), tokens=4, text_bytes=14) == {
+        "loss": bits * math.log(2),
         "perplexity": pytest.approx(2**1.75),
         "bits_per_byte": pytest.approx(0.5),
         "tokens": 4,
