@@ -9,7 +9,7 @@ from gpt2.config import ModelConfig, RuntimeParams, TrainParams
 from gpt2.core.cli import stop_requests
 from gpt2.core.device import check_memory, choose_device, choose_micro_batch_size, choose_precision
 from gpt2.core.errors import UserError
-from gpt2.data.batches import SeenMask, Tokens
+from gpt2.data.batches import Purpose, SeenMask, Tokens, seed_torch
 from gpt2.model.gpt2 import GPT2Model, MultiHeadAttention
 from gpt2.model.seen_tokens import SeenTokens
 from gpt2.model.weights import shapes_only
@@ -32,7 +32,7 @@ def build_model(config: ModelConfig, params: TrainParams, device: torch.device) 
     activations_bytes = micro_batch_size * params.sequence_length * config.d_model * config.n_layers * 4
     batch_bytes = params.batch_size * params.sequence_length * 8  # of int64
     check_memory(weights_bytes + activations_bytes + batch_bytes, device)
-    torch.manual_seed(params.seed)
+    seed_torch(params.seed, Purpose.WEIGHTS)
     return GPT2Model(**config.model_dump()).to(device)
 
 
@@ -87,7 +87,7 @@ def initialize(model: GPT2Model, train_tokens: Tokens, seen_tokens: SeenTokens, 
     """Give a new model the weights that params.initialization names; its weights are random before."""
     if params.initialization == "bigrams":
         print("initializing from bigrams, which takes a minute or two on a CPU", flush=True)
-        torch.manual_seed(params.seed)
+        seed_torch(params.seed, Purpose.INITIALIZATION)
         initialize_from_bigrams(model, train_tokens)
     if params.fused:
         seen_tokens.equalize(model.output_projection.weight)

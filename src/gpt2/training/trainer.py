@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gpt2.config import TrainParams
 from gpt2.core.device import autocast, choose_micro_batch_size
 from gpt2.core.errors import Stopped
-from gpt2.data.batches import Tokens, TrainingBatches, validation_batches
+from gpt2.data.batches import Purpose, Tokens, TrainingBatches, seed_torch, validation_batches
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.optimizers import build_optimizers, set_learning_rates
@@ -46,7 +46,7 @@ class Trainer:
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
         """Do optimizer step `step` (from 0); return the loss () and the gradient norm () before clipping."""
-        torch.manual_seed(self.params.seed + step)  # dropout too is a pure function of (seed, step)
+        seed_torch(self.params.seed, Purpose.DROPOUT, step)  # dropout too is a pure function of (seed, step)
         set_learning_rates(self.optimizers, step, self.params)
         loss, grad_norm = self.gradients(*self.batches(step))
         for optimizer in self.optimizers:
