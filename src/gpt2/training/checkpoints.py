@@ -107,7 +107,7 @@ def _tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
 def _load(path: Path, model: nn.Module, optimizers: Optimizers) -> None:
     parameters = dict(model.named_parameters())
     owners = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
-    for name, tensor in load_file(path, backend="pread").items():
+    for name, tensor in load_file(path, backend="pread").items():  # not mapped: its tensors outlive the file
         kind, parameter_name, *key = name.split("/")
         parameter = parameters[parameter_name]
         if kind == "model":
