@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gpt2.data.batches import TrainingBatches, load_tokens, stack_windows, validation_batches
+from gpt2.data.batches import Purpose, TrainingBatches, load_tokens, seed_torch, stack_windows, validation_batches
 
 ErrorLine = Callable[[Callable[[], object]], str]
 
@@ -39,6 +40,15 @@ def test_batch_depends_on_seed_and_step_alone() -> None:
 def test_seeds_give_different_orders() -> None:
     one, two = (TrainingBatches(counting(1000), 8, 7, seed) for seed in (1, 2))
     assert not torch.equal(one(0)[0], two(0)[0])
+
+
+def test_streams_of_different_seeds_purposes_and_steps_differ() -> None:
+    streams = list(itertools.product(range(4), Purpose, range(51)))
+    drawn = set()
+    for seed, purpose, step in streams:
+        seed_torch(seed, purpose, step)
+        drawn.add(tuple(torch.rand(4).tolist()))
+    assert len(drawn) == len(streams)
 
 
 @given(count=st.integers(2, 300), length=st.integers(1, 20), seed=st.integers(0, 2**31 - 1))

@@ -92,18 +92,18 @@ def test_killed_at_any_moment_equals_unbroken(
         dvc.wait(60)
 
     strike("prepare", 10, alone=False)  # its folder is whole, and about to be renamed
-    strike("train", 40, alone=True)  # MLflow's store is half made
+    strike("train", 39, alone=True)  # MLflow's store is half made
     # Only dvc is killed: the next one waits for the training that is left, and runs when that too has died.
-    dvc = start("train", 120)
+    dvc = start("train", 118)
     orphan = stopped_script(dvc)
     kill(dvc)
-    dvc = start("train", 60)
+    dvc = start("train", 59)
     wait_for(lambda: "another training writes to this checkout; waiting for it" in output.read_text(), dvc)
     assert is_alive(orphan) and is_alive(dvc)
     kill(orphan)
     kill(stopped_script(dvc))
     dvc.wait(60)
-    for i, change in enumerate((15, 33, 38, 43, 48, 53)):
+    for i, change in enumerate((14, 32, 37, 42, 47, 52)):
         strike("train", change, alone=i % 2 == 0)
     strike("evaluate", 4, alone=True)
     strike("sample", 9, alone=False)  # one of its three files is there
@@ -111,12 +111,7 @@ def test_killed_at_any_moment_equals_unbroken(
         strike("register", change, alone=i % 2 == 0)
     assert start("train").wait(600) == 0
 
-    seeds: dict[str, list[int]] = {}
-    for line in (tmp_path / "steps").read_text().splitlines():
-        process, seed = line.split()
-        seeds.setdefault(process, []).append(int(seed) - 1234)
-    # A training seeds for its weights and, when it is not restored, for its start too, before its first step.
-    steps = [seed for own in seeds.values() for seed in own[2 if own[1:2] == [0] else 1 :]]
+    steps = [int(line) for line in (tmp_path / "steps").read_text().split()]
     repeated = [last - following + 1 for last, following in pairwise(steps) if following != last + 1]
     assert len(repeated) >= 3 and all(0 < count <= interval for count in repeated), repeated
     assert steps[-1] == max_steps - 1
@@ -132,7 +127,7 @@ def test_ctrl_c_saves_first_and_the_next_repro_goes_on(
     folder = clone(checkout, tmp_path / "gpt2", max_steps=100)
     refused = run_scripts(["infer.py --prompt Roses"], folder, environment, code=2)
     assert "no model at models:/gpt2@champion" in refused
-    dvc = repro(folder, "train", 120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0)
+    dvc = repro(folder, "train", 118, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0)
     script = stopped_script(dvc)
     os.killpg(dvc.pid, signal.SIGINT)
     script.resume()
@@ -196,7 +191,7 @@ def test_a_server_that_dies_costs_no_step(
         process.resume()
 
     with tracking_server(tmp_path / "server", port, environment) as server:
-        deserted = repro_at(server, 30, 50)
+        deserted = repro_at(server, 28, 48)
         resume_when_points_are_due(stopped_script(deserted))
         process = stopped_script(deserted)
         (run,) = runs_by_name(folder, server).values()

@@ -38,7 +38,7 @@ def test_files_hold_the_contract(checkout: Path, reproduced: object) -> None:
     evaluated = json.loads((checkout / "data/metrics/evaluate.json").read_text())
     assert {"loss", "perplexity", "bits_per_byte", "tokens", "stride", "model"} <= set(evaluated)
     with (checkout / "data/plots/val_loss.csv").open() as file:
-        assert [row["step"] for row in csv.DictReader(file)] == ["3", "6"]
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "3", "6"]
     sampled = json.loads((checkout / "data/metrics/sample.json").read_text())
     model = json.loads((checkout / "data/model/config.json").read_text())["model_sha256"]
     assert evaluated["model"] == sampled.pop("model") == model[:8]

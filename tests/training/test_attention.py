@@ -60,10 +60,6 @@ def test_value_and_gradients_equal_the_formula(length: int) -> None:
     torch.testing.assert_close(found, true, atol=1e-12, rtol=0)
 
 
-def test_gradcheck() -> None:
-    assert torch.autograd.gradcheck(with_seed(causal_attention), make_inputs(BLOCK + 2))
-
-
 def test_without_dropout_it_is_pytorchs() -> None:
     inputs = make_inputs(BLOCK + 1)
     assert torch.equal(causal_attention(*inputs, 0.0), pytorchs(*inputs))

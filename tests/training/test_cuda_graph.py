@@ -17,12 +17,10 @@ from torch import Tensor
 from gpt2.config import RuntimeParams, TrainParams, check
 from gpt2.data.batches import Tokens
 from gpt2.generation.decoder import Decoder
-from gpt2.model.gpt2 import GPT2Model, cross_entropy
-from gpt2.model.seen_tokens import SeenTokens
+from gpt2.model.gpt2 import GPT2Model
 from gpt2.training.bigrams import initialize_from_bigrams
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.cuda_graph import capture
-from gpt2.training.loss import FusedCrossEntropy
 from gpt2.training.run import run_training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -41,7 +39,7 @@ def run(make_model: MakeModel, make_train_params: Callable[..., TrainParams], tm
     def run(
         folder: str = "", dropout: float = 0.0, device: str = "cuda", precision: str = "float32", **changes: Any
     ) -> tuple[GPT2Model, dict[str, float]]:
-        model = make_model(dropout=dropout)
+        model = make_model(dropout=dropout).to(device)
         tiny = {"max_steps": 12, "warmup_steps": 2, "batch_size": 5, "micro_batch_size": 2}
         runtime = check(RuntimeParams, {"threads": 1, "device": device, "precision": precision}, "runtime")
         params = make_train_params(**tiny | changes)
@@ -53,9 +51,9 @@ def run(make_model: MakeModel, make_train_params: Callable[..., TrainParams], tm
     return run
 
 
-def assert_same(one: GPT2Model, two: GPT2Model) -> None:
+def assert_same(one: GPT2Model, two: GPT2Model, tolerance: float = 1e-4) -> None:
     for name, weight in one.state_dict().items():
-        assert_close(weight, two.state_dict()[name])
+        assert_close(weight, two.state_dict()[name], atol=tolerance)
 
 
 def test_a_captured_function_takes_new_inputs_draws_anew_and_returns_copies() -> None:
@@ -75,12 +73,12 @@ def test_a_captured_function_takes_new_inputs_draws_anew_and_returns_copies() ->
     assert again == [captured(torch.zeros(3))[1] for _ in range(2)] and again[0] != again[1]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_training_is_that_of_the_cpu(run: Run, optimizer: str) -> None:
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-4), ("muon", 1e-3)])  # Muon's matmuls are bfloat16
+def test_a_training_is_that_of_the_cpu(run: Run, optimizer: str, tolerance: float) -> None:
     (found, metrics), (expected, on_cpu) = (run(optimizer=optimizer, device=device) for device in ("cuda", "cpu"))
-    assert_same(found, expected)
-    assert metrics["train_loss"] == pytest.approx(on_cpu["train_loss"], rel=1e-4)
-    assert metrics["val_loss"] == pytest.approx(on_cpu["val_loss"], rel=1e-4)
+    assert_same(found, expected, tolerance)
+    assert metrics["train_loss"] == pytest.approx(on_cpu["train_loss"], rel=tolerance)
+    assert metrics["val_loss"] == pytest.approx(on_cpu["val_loss"], rel=tolerance)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -140,24 +138,3 @@ def test_a_decoders_logits_are_the_models(make_model: MakeModel) -> None:
         for text, token in zip(texts, new, strict=True):
             text.append(token)
         assert_close(found, expected())
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_loss_in_bfloat16_is_no_farther_from_the_truth_than_the_plain_computation(compiled: bool) -> None:
-    generator = torch.Generator().manual_seed(1)
-    hidden_states = torch.randn(1, 300, 64, generator=generator).cuda().requires_grad_()
-    weight = torch.randn(5000, 64, generator=generator).cuda().requires_grad_()
-    targets = torch.randint(5000, (1, 300), generator=generator).cuda()
-    exact = hidden_states.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    value = cross_entropy(*exact, targets)
-    truth = (value, *torch.autograd.grad(value, exact))
-
-    def distances(function: Callable[..., Tensor]) -> list[float]:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            value = function(hidden_states, weight, targets)
-        found = (value, *torch.autograd.grad(value, (hidden_states, weight)))
-        return [(one.double() - true).norm().item() for one, true in zip(found, truth, strict=True)]
-
-    fused = FusedCrossEntropy(SeenTokens(torch.ones(5000, dtype=torch.bool).cuda()), compiled)
-    for ours, theirs in zip(distances(fused), distances(cross_entropy), strict=True):
-        assert ours <= theirs * 1.02 + 1e-6

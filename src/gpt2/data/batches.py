@@ -1,9 +1,12 @@
-"""Token files read through a memory map and cut into windows. A batch is a pure function of (seed, step).
+"""Token files read through a memory map and cut into windows; the streams of random numbers of a training.
+
+A batch is a pure function of (seed, step).
 
 Shapes: B batch, T positions, N tokens of a split.
 """
 
 from collections.abc import Iterator
+from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +19,25 @@ from gpt2.core.errors import UserError
 
 Tokens = NDArray[np.uint16]
 SeenMask = NDArray[np.bool_]
+
+
+class Purpose(IntEnum):
+    """What a training draws random numbers for."""
+
+    WEIGHTS = 0
+    INITIALIZATION = 1
+    BATCHES = 2
+    DROPOUT = 3
+
+
+def seed_sequence(seed: int, purpose: Purpose, step: int = 0) -> np.random.SeedSequence:
+    """Return the seed of a random stream: no two seeds, purposes or steps share one."""
+    return np.random.SeedSequence([seed, purpose, step])
+
+
+def seed_torch(seed: int, purpose: Purpose, step: int = 0) -> None:
+    """Let PyTorch draw from that stream. (It hashes to a number, of which a CPU uses 32 bits, a GPU 64.)"""
+    torch.manual_seed(int(seed_sequence(seed, purpose, step).generate_state(1, np.uint64)[0]))
 
 
 def load_tokens(path: Path) -> Tokens:
@@ -61,7 +83,7 @@ class TrainingBatches:
         return stack_windows(self.tokens, starts, self.sequence_length)
 
     def _shuffle(self, index: int) -> tuple[NDArray[np.int64], int]:
-        generator = np.random.Generator(np.random.PCG64([self.seed, index]))
+        generator = np.random.default_rng(seed_sequence(self.seed, Purpose.BATCHES, index))
         return generator.permutation(self.windows), int(generator.integers(self.sequence_length))
 
 

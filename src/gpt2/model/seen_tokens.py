@@ -21,14 +21,10 @@ class SeenTokens:
         alone, self.unseen = seen.nonzero()[:, 0], (~seen).nonzero()[:, 0]
         if (spare := -(len(alone) + 1) % ALIGNED_COLUMNS) < len(self.unseen):
             alone, self.unseen = torch.cat([alone, self.unseen[:spare]]), self.unseen[spare:]
+        self.last_count = max(1, len(self.unseen))  # of the tokens that the last row stands for
         self.ids = torch.cat([alone, self.unseen[:1]])  # (M,), a token of each row
         self.row_of = torch.full_like(seen, len(alone), dtype=torch.long)  # (V,)
         self.row_of[alone] = torch.arange(len(alone), device=alone.device)
-
-    @property
-    def last_count(self) -> int:
-        """The number of tokens that the last row stands for."""
-        return max(1, len(self.unseen))
 
     @torch.no_grad()
     def equalize(self, weight: Tensor) -> None:

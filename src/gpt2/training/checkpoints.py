@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gpt2.core.errors import UserError
@@ -104,14 +105,9 @@ def _tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def _load(path: Path, model: nn.Module, optimizers: Optimizers) -> None:
-    """Load a tensor at a time, so that this takes less memory than training."""
     parameters = dict(model.named_parameters())
     owners = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-    for name in names:
-        with safe_open(path, framework="pt") as file:  # anew, since a mapped file counts as memory until it is closed
-            tensor = file.get_tensor(name).clone()
+    for name, tensor in load_file(path, backend="pread").items():  # not mapped: its tensors outlive the file
         kind, parameter_name, *key = name.split("/")
         parameter = parameters[parameter_name]
         if kind == "model":

@@ -8,8 +8,6 @@ Shapes: B batch, T positions, N = B * T rows, C d_model, V vocabulary, M rows of
 """
 
 import math
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -32,13 +30,25 @@ class FusedCrossEntropy:
     """
 
     def __init__(self, seen_tokens: SeenTokens, compiled: bool = False) -> None:
-        self._seen_tokens, self._compiled = seen_tokens, compiled
+        device = seen_tokens.ids.device
+        self.seen_tokens = seen_tokens
+        self.softmax = torch.compile(_softmax_) if compiled and device.type == "cuda" else _softmax_
+        # One for all steps: allocating it in each would fragment the memory, and a captured CUDA graph writes there.
+        self._buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device=device)
 
     def __call__(self, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Return the loss () in nats of targets (B, T), given (B, T, C) and the output projection (V, C)."""
-        softmax = _compiled_softmax() if self._compiled and hidden_states.device.type == "cuda" else _softmax_
-        arguments = targets.flatten(), self._seen_tokens, softmax, torch.is_grad_enabled()
-        return _LinearCrossEntropy.apply(hidden_states.flatten(0, 1), weight, *arguments)
+        inputs, with_gradient = hidden_states.flatten(0, 1), torch.is_grad_enabled()
+        return _LinearCrossEntropy.apply(inputs, weight, targets.flatten(), self, with_gradient)
+
+    def logits_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Return memory for a chunk's logits (R, M), with N rows split into as few equal chunks as fit there."""
+        buffer = self._buffer.view(dtype)
+        # MPS before macOS 15 writes no product into rows that are apart.
+        stride = columns if buffer.device.type == "mps" else math.ceil(columns / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+        chunks = math.ceil(rows / (len(buffer) // stride))
+        chunk = math.ceil(rows / chunks)
+        return buffer[: chunk * stride].view(chunk, stride)[:, :columns]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -50,15 +60,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_states: Tensor,
         weight: Tensor,
         targets: Tensor,
-        seen_tokens: SeenTokens,
-        softmax: Callable[..., Tensor],
+        fused: FusedCrossEntropy,
         with_gradient: bool,
     ) -> Tensor:
         device = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        inputs, matrix = hidden_states.to(dtype), seen_tokens.rows(weight).to(dtype)
-        labels = seen_tokens.row_of[targets]
-        logits_buffer = _logits_buffer(len(inputs), len(matrix), dtype, inputs.device)
+        inputs, matrix = hidden_states.to(dtype), fused.seen_tokens.rows(weight).to(dtype)
+        labels = fused.seen_tokens.row_of[targets]
+        logits_buffer = fused.logits_buffer(len(inputs), len(matrix), dtype)
         total = inputs.new_zeros((), dtype=at_least_float32(dtype))
         gradients: list[Tensor] = []
         rows_gradient: Tensor | None = None
@@ -66,22 +75,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunks = zip(inputs.split(len(logits_buffer)), labels.split(len(logits_buffer)), strict=True)
             for rows, chunk_labels in chunks:
                 logits = torch.mm(rows, matrix.T, out=logits_buffer[: len(rows)])  # (R, M)
-                total += softmax(logits, chunk_labels, seen_tokens.last_count, 1 / len(inputs))
+                total += fused.softmax(logits, chunk_labels, fused.seen_tokens.last_count, 1 / len(inputs))
                 if with_gradient:
                     gradients.append((logits @ matrix).to(hidden_states.dtype))
                     part = logits.T @ rows
                     rows_gradient = part.to(weight.dtype) if rows_gradient is None else rows_gradient.add_(part)
         if with_gradient:
             ctx.save_for_backward(torch.cat(gradients), rows_gradient)
-            ctx.seen_tokens = seen_tokens
+            ctx.seen_tokens = fused.seen_tokens
         return total / len(inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_states_gradient, rows_gradient = ctx.saved_tensors
         weight_gradient = ctx.seen_tokens.weight_gradient(rows_gradient * gradients[0])
-        return hidden_states_gradient * gradients[0], weight_gradient, None, None, None, None
+        return hidden_states_gradient * gradients[0], weight_gradient, None, None, None
 
 
 def _softmax_(logits: Tensor, labels: Tensor, last_count: int, scale: float) -> Tensor:
@@ -102,28 +111,3 @@ def _softmax_(logits: Tensor, labels: Tensor, last_count: int, scale: float) -> 
         label_gradients = values.gather(1, label) * factors - scale
         torch.mul(values, factors, out=rows).scatter_(1, label, label_gradients.to(rows.dtype))
     return total
-
-
-@cache
-def _compiled_softmax() -> Callable[..., Tensor]:
-    return torch.compile(_softmax_)
-
-
-def _logits_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a buffer for a chunk's logits (R, M), with N rows split into as few equal chunks as CHUNK_BYTES allows."""
-    # MPS before macOS 15 writes no product into rows that are apart.
-    stride = columns if device.type == "mps" else math.ceil(columns / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-    chunks = math.ceil(rows / (CHUNK_BYTES // (stride * dtype.itemsize)))
-    chunk = math.ceil(rows / chunks)
-    buffer = _buffer(CHUNK_BYTES // dtype.itemsize, dtype, device)
-    return buffer[: chunk * stride].view(chunk, stride)[:, :columns]
-
-
-@cache
-def _buffer(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a buffer (size,), the same each time: allocating it in every step would fragment the memory.
-
-    It is never freed, since captured CUDA graphs write there.
-    """
-    with torch.inference_mode(False):  # what is made in that mode cannot be written to outside
-        return torch.empty(size, dtype=dtype, device=device)

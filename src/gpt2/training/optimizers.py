@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from gpt2.config import TrainParams
 from gpt2.model.gpt2 import GPT2Model
-from gpt2.training.muon import Muon
 
 BETAS = (0.9, 0.95)  # Brown et al. 2020, appendix B
 
@@ -24,36 +22,32 @@ def learning_rate_factor(step: int, params: TrainParams) -> float:
     return min(1.0, warmup, decay)
 
 
-def build_optimizers(model: GPT2Model, params: TrainParams, precision: torch.dtype) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: GPT2Model, params: TrainParams) -> list[torch.optim.Optimizer]:
     """Return the optimizers which together hold every parameter once; give them their learning rates before a step.
 
-    "muon" updates the blocks' matrices, with matmuls in `precision`; all else is AdamW's (Loshchilov & Hutter 2019).
-    Only matrices decay; embeddings, norms and biases do not.
+    "muon" (Jordan et al. 2024) updates the blocks' matrices; it computes in bfloat16, and its updates have the usual
+    size of AdamW's (Liu et al. 2025, section 2.2). All else is AdamW's (Loshchilov & Hutter 2019). Only matrices decay;
+    embeddings, norms and biases do not.
     """
-    embeddings = {id(model.token_embedding.weight), id(model.position_embedding.weight)}
-    blocks = {id(parameter) for parameter in model.transformer_blocks.parameters()}
-    groups: dict[tuple[str, str, float], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        in_block, is_matrix = id(parameter) in blocks, parameter.dim() == 2 and id(parameter) not in embeddings
-        optimizer = params.optimizer if in_block and is_matrix else "adamw"
-        rate = "learning_rate" if in_block else "embedding_learning_rate"
-        groups.setdefault((optimizer, rate, params.weight_decay if is_matrix else 0.0), []).append(parameter)
-
-    def of(name: str) -> list[dict[str, Any]]:
-        return [
-            {"params": parameters, "rate": rate, "weight_decay": weight_decay}
-            for (optimizer, rate, weight_decay), parameters in groups.items()
-            if optimizer == name
-        ]
-
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(of("adamw"), betas=BETAS, fused=True)]
+    blocks = list(model.transformer_blocks.parameters())
+    matrices, vectors = ([p for p in blocks if p.dim() == dim] for dim in (2, 1))
+    embeddings = [model.token_embedding.weight, model.position_embedding.weight, *model.layer_norm.parameters()]
+    is_tied = model.output_projection.weight is model.token_embedding.weight
+    projection = [] if is_tied else [model.output_projection.weight]
+    of_matrices: dict[str, Any] = {"params": matrices, "rate": "learning_rate", "weight_decay": params.weight_decay}
+    of_others: list[dict[str, Any]] = [
+        {"params": vectors, "rate": "learning_rate", "weight_decay": 0.0},
+        {"params": projection, "rate": "embedding_learning_rate", "weight_decay": params.weight_decay},
+        {"params": embeddings, "rate": "embedding_learning_rate", "weight_decay": 0.0},
+    ]
     if params.optimizer == "muon":
-        optimizers.append(Muon(of("muon"), precision))
-    return optimizers
+        muon = torch.optim.Muon([of_matrices], adjust_lr_fn="match_rms_adamw")
+        return [torch.optim.AdamW(of_others, betas=BETAS, fused=True), muon]
+    return [torch.optim.AdamW([of_matrices, *of_others], betas=BETAS, fused=True)]
 
 
 def set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], step: int, params: TrainParams) -> None:
-    """Give every parameter group its learning rate at that step, from the parameter which its "rate" names."""
+    """Give every parameter group its learning rate at that step, from the parameter that its "rate" names."""
     factor = learning_rate_factor(step, params)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

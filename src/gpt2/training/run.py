@@ -7,9 +7,8 @@ import torch
 
 from gpt2.config import ModelConfig, RuntimeParams, TrainParams
 from gpt2.core.cli import stop_requests
-from gpt2.core.device import check_memory, choose_device, choose_micro_batch_size, choose_precision
-from gpt2.core.errors import UserError
-from gpt2.data.batches import SeenMask, Tokens
+from gpt2.core.device import check_memory, choose_micro_batch_size, choose_precision
+from gpt2.data.batches import Purpose, SeenMask, Tokens, seed_torch
 from gpt2.model.gpt2 import GPT2Model, MultiHeadAttention
 from gpt2.model.seen_tokens import SeenTokens
 from gpt2.model.weights import shapes_only
@@ -20,7 +19,7 @@ from gpt2.training.cuda_graph import capture
 from gpt2.training.history import History, LogMetrics
 from gpt2.training.loss import FusedCrossEntropy
 from gpt2.training.trainer import Trainer, train
-from gpt2.training.training_log import NonFiniteError, TrainingLog
+from gpt2.training.training_log import TrainingLog
 
 
 def build_model(config: ModelConfig, params: TrainParams, device: torch.device) -> GPT2Model:
@@ -32,7 +31,7 @@ def build_model(config: ModelConfig, params: TrainParams, device: torch.device) 
     activations_bytes = micro_batch_size * params.sequence_length * config.d_model * config.n_layers * 4
     batch_bytes = params.batch_size * params.sequence_length * 8  # of int64
     check_memory(weights_bytes + activations_bytes + batch_bytes, device)
-    torch.manual_seed(params.seed)
+    seed_torch(params.seed, Purpose.WEIGHTS)
     return GPT2Model(**config.model_dump()).to(device)
 
 
@@ -46,19 +45,17 @@ def run_training(
     checkpoints: Checkpoints,
     log_metrics: LogMetrics,
 ) -> tuple[dict[str, float], History]:
-    """Train `model` in place for params.max_steps optimizer steps; return the final metrics and all that was logged.
+    """Train `model` on its device for params.max_steps optimizer steps; return the final metrics and what was logged.
 
     `seen` (V,) tells which tokens the training split has. If there is a checkpoint, the training resumes from it, and
     log_metrics(step, metrics) first receives the logged history again. On a CPU, the weights depend on the model, the
     tokens, params, threads and precision alone, not on interruptions; on a GPU, whose sums may come in another order,
-    to rounding. Raises UserError if a split is too short for one window, the device is not available, or a loss or
-    gradient is not finite; Stopped on Ctrl-C or SIGTERM, after saving a checkpoint; OSError if none can be saved.
+    to rounding. Raises UserError if a split is too short for one window or a loss or gradient is not finite; Stopped
+    on Ctrl-C or SIGTERM, after saving a checkpoint; OSError if none can be saved.
     """
-    device = choose_device(runtime.device)
-    trainer = Trainer(
-        model.to(device), train_tokens, val_tokens, params, choose_precision(runtime.precision, device), checkpoints
-    )
-    log = TrainingLog(params, device, log_metrics)
+    device = model.token_embedding.weight.device
+    trainer = Trainer(model, train_tokens, val_tokens, params, choose_precision(runtime.precision, device))
+    log = TrainingLog(params, device, checkpoints, log_metrics)
     seen_tokens = SeenTokens(torch.from_numpy(seen).to(device))
     if params.fused:
         use_fused_parts(model, seen_tokens, params.compile)
@@ -73,13 +70,11 @@ def run_training(
         else:
             start = 0
             initialize(model, train_tokens, seen_tokens, params)
+            log.log_validation(0, {"val/loss": trainer.validate(params.eval_windows)})
         if device.type == "cuda" and start < params.max_steps:
             trainer.gradients = capture(trainer.compute_gradients, *(x.to(device) for x in trainer.batches(start)))
-    try:
-        with stop_requests() as stop_signal:
-            train(trainer, log, start, stop_signal)
-    except NonFiniteError as error:
-        raise UserError(f"{error}; {checkpoints.last()}; try lower learning rates") from None
+    with stop_requests() as stop_signal:
+        train(trainer, checkpoints, log, start, stop_signal)
     return log.final_metrics() | {"parameters": model.count_parameters()}, log.history
 
 
@@ -87,7 +82,7 @@ def initialize(model: GPT2Model, train_tokens: Tokens, seen_tokens: SeenTokens, 
     """Give a new model the weights that params.initialization names; its weights are random before."""
     if params.initialization == "bigrams":
         print("initializing from bigrams, which takes a minute or two on a CPU", flush=True)
-        torch.manual_seed(params.seed)
+        seed_torch(params.seed, Purpose.INITIALIZATION)
         initialize_from_bigrams(model, train_tokens)
     if params.fused:
         seen_tokens.equalize(model.output_projection.weight)

@@ -5,7 +5,6 @@ Shapes: B batch, T positions.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from gpt2.config import TrainParams
 from gpt2.core.device import autocast, choose_micro_batch_size
 from gpt2.core.errors import Stopped
-from gpt2.data.batches import Tokens, TrainingBatches, validation_batches
+from gpt2.data.batches import Purpose, Tokens, TrainingBatches, seed_torch, validation_batches
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.optimizers import build_optimizers, set_learning_rates
@@ -27,26 +26,20 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        model: GPT2Model,
-        train_tokens: Tokens,
-        val_tokens: Tokens,
-        params: TrainParams,
-        precision: torch.dtype,
-        checkpoints: Checkpoints,
+        self, model: GPT2Model, train_tokens: Tokens, val_tokens: Tokens, params: TrainParams, precision: torch.dtype
     ) -> None:
-        self.model, self.params, self.precision, self.checkpoints = model, params, precision, checkpoints
+        self.model, self.params, self.precision = model, params, precision
         self.device = model.token_embedding.weight.device
         self.micro_batch_size = choose_micro_batch_size(params.micro_batch_size, self.device)
         self.batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
         self.val_batches = partial(validation_batches, val_tokens, self.micro_batch_size, params.sequence_length)
         self.val_batches()  # raises now, not at the first validation
-        self.optimizers = build_optimizers(model, params, precision)
+        self.optimizers = build_optimizers(model, params)
         self.gradients: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = self.compute_gradients  # or a CUDA graph of it
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
         """Do optimizer step `step` (from 0); return the loss () and the gradient norm () before clipping."""
-        torch.manual_seed(self.params.seed + step)  # dropout too is a pure function of (seed, step)
+        seed_torch(self.params.seed, Purpose.DROPOUT, step)  # dropout too is a pure function of (seed, step)
         set_learning_rates(self.optimizers, step, self.params)
         loss, grad_norm = self.gradients(*self.batches(step))
         for optimizer in self.optimizers:
@@ -65,7 +58,7 @@ class Trainer:
         return total, nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip)
 
     @torch.no_grad()
-    def validate(self, max_windows: int | None) -> float:
+    def validate(self, max_windows: int | None = None) -> float:
         """Return the mean loss, without dropout, of the validation split or of `max_windows` of its windows."""
         self.model.eval()
         total, count = torch.zeros((), dtype=torch.float64), 0
@@ -76,23 +69,22 @@ class Trainer:
         self.model.train()
         return float(total / count)
 
-    def save(self, step: int, log_state: dict[str, Any]) -> None:
-        """Write a checkpoint of the state after `step` steps. Raises OSError; the one before is intact then."""
-        self.checkpoints.save(step, self.model, self.optimizers, log_state)
 
-
-def train(trainer: Trainer, log: TrainingLog, start: int, stop_signal: Callable[[], int]) -> None:
+def train(
+    trainer: Trainer, checkpoints: Checkpoints, log: TrainingLog, start: int, stop_signal: Callable[[], int]
+) -> None:
     """Do all steps from `start` on: the loop.
 
-    stop_signal() returns the number of the signal that asked to stop, or 0. Raises Stopped then, after saving;
-    NonFiniteError if a loss or gradient is not finite; OSError if a checkpoint cannot be saved.
+    val/loss is always that of the same windows; the end adds the whole split's, val/full_loss. stop_signal() returns
+    the number of the signal that asked to stop, or 0. Raises Stopped then, after saving; UserError if a loss or
+    gradient is not finite; OSError if a checkpoint cannot be saved.
     """
     params = trainer.params
     trainer.model.train()
     for step in log.progress(start):
         loss, grad_norm = trainer.step(step)
         done, last, stopping = step + 1, step + 1 == params.max_steps, stop_signal() != 0
-        log.add(done, loss, grad_norm)
+        log.add(loss, grad_norm)
         if stopping:
             log.silence()
 
@@ -100,10 +92,12 @@ def train(trainer: Trainer, log: TrainingLog, start: int, stop_signal: Callable[
             log.log_training(done)
         if last or done % params.eval_interval == 0:
             with log.paused():
-                val_loss = trainer.validate(None if last else params.eval_windows)
-            log.log_validation(done, val_loss)
+                losses = {"val/loss": trainer.validate(params.eval_windows)}
+                if last:
+                    losses["val/full_loss"] = trainer.validate()
+            log.log_validation(done, losses)
         if last or stopping or done % params.checkpoint_interval == 0:
             with log.paused():
-                trainer.save(done, log.state())
+                checkpoints.save(done, trainer.model, trainer.optimizers, log.state())
         if stopping or (last and stop_signal()):  # also one that came while the last step was saved
             raise Stopped(stop_signal(), f"stopped after step {done}, which is saved; the same command resumes it")

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,28 +13,28 @@ from tqdm import tqdm
 
 from gpt2.config import TrainParams
 from gpt2.core.device import peak_memory_bytes
+from gpt2.core.errors import UserError
+from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.history import History, LogMetrics
 from gpt2.training.optimizers import learning_rate_factor
-
-
-class NonFiniteError(Exception):
-    """A loss or gradient norm that is NaN or infinite; the message names its step."""
 
 
 class TrainingLog:
     """Takes each step's loss and gradient norm; keeps the history of what is due, and passes it to log_metrics.
 
     Losses are nats per token; pauses do not count in tokens per second. Methods that read the losses wait for the
-    device, and raise NonFiniteError.
+    device, and raise UserError if a loss or gradient norm is not finite.
     """
 
-    def __init__(self, params: TrainParams, device: torch.device, log_metrics: LogMetrics) -> None:
+    def __init__(
+        self, params: TrainParams, device: torch.device, checkpoints: Checkpoints, log_metrics: LogMetrics
+    ) -> None:
         self.history: History = []
-        self._params, self._device, self._log_metrics = params, device, log_metrics
-        self._on_device: list[tuple[int, Tensor, Tensor]] = []
-        self._unlogged: list[tuple[int, float, float]] = []
-        self._steps, self._seconds, self._earlier_peak_bytes = 0, 0.0, 0
-        self._started = time.perf_counter()
+        self._params, self._device, self._checkpoints, self._log_metrics = params, device, checkpoints, log_metrics
+        # Since the last logged step: the sums of losses and norms, and the number of steps until one is not finite.
+        self._sums = torch.zeros(3, device=device)
+        self._logged_step, self._started = 0, time.perf_counter()
+        self._earlier_peak_bytes = 0
 
     def progress(self, start: int) -> "tqdm[int]":
         """Return the steps from `start` on, with a progress bar."""
@@ -41,33 +42,32 @@ class TrainingLog:
         self._bar = tqdm(steps, "train", total, initial=start, unit="step", dynamic_ncols=True, mininterval=1)
         return self._bar
 
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """Count one step. Loss and norm () stay on their device: reading them would wait for it."""
-        self._on_device.append((step, loss, grad_norm))
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Add the loss and the norm () of one step. They stay on their device: reading them would wait for it."""
+        self._sums[:2] += torch.stack([loss, grad_norm])
+        self._sums[2] += self._sums[:2].isfinite().all()
 
     def log_training(self, step: int) -> None:
         """Log the means since the last time: loss, gradient norm and speed; and the learning rate of step `step`."""
-        self._read()
-        _, losses, grad_norms = zip(*self._unlogged, strict=True)
-        seconds, steps = time.perf_counter() - self._started, len(losses)
-        self._steps, self._seconds = self._steps + steps, self._seconds + seconds
-        self._unlogged, self._started = [], time.perf_counter()
-        loss, tokens_per_second = math.fsum(losses) / steps, steps * self._batch_tokens / seconds
-        self._bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens_per_second:.0f}")
+        loss, grad_norm, steps = self._read()
+        tokens_per_second = steps * self._batch_tokens / (time.perf_counter() - self._started)
+        self._sums.zero_()
+        self._logged_step, self._started = step, time.perf_counter()
+        self._bar.set_postfix(loss=f"{loss / steps:.3f}", tokens_per_s=f"{tokens_per_second:.0f}")
         self._log(
             step,
             {
-                "train/loss": loss,
-                "train/grad_norm": math.fsum(grad_norms) / steps,
+                "train/loss": loss / steps,
+                "train/grad_norm": grad_norm / steps,
                 "train/learning_rate": self._learning_rate(step),
                 "train/tokens_per_second": tokens_per_second,
             },
         )
 
-    def log_validation(self, step: int, loss: float) -> None:
-        """Log the validation loss after `step` steps."""
-        self._check_finite("validation loss", loss, step)
-        self._log(step, {"val/loss": loss})
+    def log_validation(self, step: int, losses: dict[str, float]) -> None:
+        """Log the validation losses after `step` steps."""
+        self._check_finite("validation loss", step, *losses.values())
+        self._log(step, losses)
 
     def silence(self) -> None:
         """Print no more: a signal may have ended the process that reads it."""
@@ -86,23 +86,21 @@ class TrainingLog:
         last = {name: value for _, metrics in self.history for name, value in metrics.items()}
         return {
             "train_loss": last["train/loss"],
-            "val_loss": last["val/loss"],
-            "val_perplexity": torch.tensor(last["val/loss"], dtype=torch.float64).exp().item(),  # inf if too large
+            "val_loss": last["val/full_loss"],
+            "val_perplexity": torch.tensor(last["val/full_loss"], dtype=torch.float64).exp().item(),  # may be infinite
             "steps": self._params.max_steps,
             "tokens": self._params.max_steps * self._batch_tokens,
-            "tokens_per_second": self._steps * self._batch_tokens / self._seconds,
+            "tokens_per_second": self._tokens_per_second(),
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs, as JSON can hold it."""
-        self._read()
         return {
             "history": self.history,
-            "unlogged": self._unlogged,
-            "seconds_unlogged": time.perf_counter() - self._started,
-            "steps": self._steps,
-            "seconds": self._seconds,
+            "sums": self._read(),
+            "logged_step": self._logged_step,
+            "seconds": time.perf_counter() - self._started,
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
 
@@ -110,14 +108,20 @@ class TrainingLog:
         """Resume from a state, and log its history again."""
         for step, metrics in state["history"]:
             self._log(step, metrics)
-        self._unlogged = [(step, loss, grad_norm) for step, loss, grad_norm in state["unlogged"]]
-        self._started -= state["seconds_unlogged"]  # no step has been done yet
-        self._steps, self._seconds = state["steps"], state["seconds"]
+        self._sums.copy_(torch.tensor(state["sums"]))
+        self._logged_step = state["logged_step"]
+        self._started -= state["seconds"]  # no step has been done yet
         self._earlier_peak_bytes = state["peak_memory_bytes"]
 
     @property
     def _batch_tokens(self) -> int:
         return self._params.batch_size * self._params.sequence_length
+
+    def _tokens_per_second(self) -> float:
+        """Return the mean over all steps, from the means that were logged."""
+        name = "train/tokens_per_second"
+        speeds = [(0, 0.0), *((step, metrics[name]) for step, metrics in self.history if name in metrics)]
+        return self._params.max_steps / sum((step - before) / speed for (before, _), (step, speed) in pairwise(speeds))
 
     def _peak_memory_bytes(self) -> int:
         return max(self._earlier_peak_bytes, peak_memory_bytes(self._device))
@@ -126,21 +130,18 @@ class TrainingLog:
         self.history.append((step, metrics))
         self._log_metrics(step, metrics)
 
-    def _read(self) -> None:
-        """Bring the losses and norms from the device, waiting for it once."""
-        if not self._on_device:
-            return
-        steps, losses, grad_norms = zip(*self._on_device, strict=True)
-        values = torch.stack([*losses, *grad_norms]).tolist()
-        self._on_device = []
-        for step, loss, grad_norm in zip(steps, values[: len(steps)], values[len(steps) :], strict=True):
-            self._check_finite("loss", loss, step)
-            self._check_finite("gradient norm", grad_norm, step)
-            self._unlogged.append((step, loss, grad_norm))
+    def _read(self) -> list[float]:
+        """Return the sums from the device, waiting for it."""
+        loss, grad_norm, finite_steps = self._sums.tolist()
+        self._check_finite("loss or gradient norm", self._logged_step + int(finite_steps) + 1, loss, grad_norm)
+        return [loss, grad_norm, finite_steps]
 
-    def _check_finite(self, name: str, value: float, step: int) -> None:
-        if not math.isfinite(value):
-            raise NonFiniteError(f"the {name} is {value} at step {step}, learning rate {self._learning_rate(step):g}")
+    def _check_finite(self, name: str, step: int, *values: float) -> None:
+        if not all(map(math.isfinite, values)):
+            raise UserError(
+                f"the {name} is not finite at step {step}, learning rate {self._learning_rate(step):g}; "
+                f"{self._checkpoints.last()}; try lower learning rates"
+            )
 
     def _learning_rate(self, step: int) -> float:
         return self._params.learning_rate * learning_rate_factor(step - 1, self._params)
