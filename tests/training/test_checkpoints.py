@@ -29,7 +29,7 @@ def trained(make_model: MakeModel, make_train_params: Callable[..., TrainParams]
 
     def train(steps: int, optimizer: str = "adamw", **changes: Any) -> tuple[GPT2Model, list[torch.optim.Optimizer]]:
         model = make_model(**changes)
-        optimizers = build_optimizers(model, make_train_params(optimizer=optimizer))
+        optimizers = build_optimizers(model, make_train_params(optimizer=optimizer), torch.float32)
         for step in range(steps):
             torch.manual_seed(step)
             for parameter in model.parameters():

@@ -5,6 +5,7 @@ import torch
 
 from gpt2.config import TrainParams
 from gpt2.model.gpt2 import GPT2Model
+from gpt2.training.muon import Muon
 from gpt2.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
 
 MakeModel = Callable[..., GPT2Model]
@@ -18,7 +19,7 @@ def build(make_model: MakeModel, make_train_params: MakeTrainParams) -> Build:
 
     def build(optimizer: str, tie_weights: bool = False) -> tuple[GPT2Model, list[torch.optim.Optimizer]]:
         model = make_model(tie_weights=tie_weights, qkv_bias=True)
-        return model, build_optimizers(model, make_train_params(optimizer=optimizer, weight_decay=0.1))
+        return model, build_optimizers(model, make_train_params(optimizer=optimizer, weight_decay=0.1), torch.float32)
 
     return build
 
@@ -46,7 +47,7 @@ def test_only_matrices_that_are_no_embeddings_decay(build: Build, name: str, tie
 
 def test_muon_moves_the_matrices_of_the_blocks(build: Build) -> None:
     model, (_, muon) = build(optimizer="muon")
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, Muon)
     matrices = {id(one) for block in model.transformer_blocks for one in block.parameters() if one.dim() == 2}
     assert {id(parameter) for group in muon.param_groups for parameter in group["params"]} == matrices
     assert all(type(one) is torch.optim.AdamW for one in build(optimizer="adamw")[1])

@@ -7,6 +7,7 @@ import torch
 
 from gpt2.config import TrainParams
 from gpt2.model.gpt2 import GPT2Model
+from gpt2.training.muon import Muon
 
 BETAS = (0.9, 0.95)  # Brown et al. 2020, appendix B
 
@@ -22,12 +23,11 @@ def learning_rate_factor(step: int, params: TrainParams) -> float:
     return min(1.0, warmup, decay)
 
 
-def build_optimizers(model: GPT2Model, params: TrainParams) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: GPT2Model, params: TrainParams, precision: torch.dtype) -> list[torch.optim.Optimizer]:
     """Return the optimizers which together hold every parameter once; give them their learning rates before a step.
 
-    "muon" (Jordan et al. 2024) updates the blocks' matrices; it computes in bfloat16, and its updates have the usual
-    size of AdamW's (Liu et al. 2025, section 2.2). All else is AdamW's (Loshchilov & Hutter 2019). Only matrices decay;
-    embeddings, norms and biases do not.
+    "muon" updates the blocks' matrices, with matmuls in `precision`; all else is AdamW's (Loshchilov & Hutter 2019).
+    Only matrices decay; embeddings, norms and biases do not.
     """
     blocks = list(model.transformer_blocks.parameters())
     matrices, vectors = ([p for p in blocks if p.dim() == dim] for dim in (2, 1))
@@ -41,8 +41,7 @@ def build_optimizers(model: GPT2Model, params: TrainParams) -> list[torch.optim.
         {"params": embeddings, "rate": "embedding_learning_rate", "weight_decay": 0.0},
     ]
     if params.optimizer == "muon":
-        muon = torch.optim.Muon([of_matrices], adjust_lr_fn="match_rms_adamw")
-        return [torch.optim.AdamW(of_others, betas=BETAS, fused=True), muon]
+        return [torch.optim.AdamW(of_others, betas=BETAS, fused=True), Muon([of_matrices], precision)]
     return [torch.optim.AdamW([of_matrices, *of_others], betas=BETAS, fused=True)]
 
 

@@ -34,7 +34,7 @@ class Trainer:
         self.batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
         self.val_batches = partial(validation_batches, val_tokens, self.micro_batch_size, params.sequence_length)
         self.val_batches()  # raises now, not at the first validation
-        self.optimizers = build_optimizers(model, params)
+        self.optimizers = build_optimizers(model, params, precision)
         self.gradients: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = self.compute_gradients  # or a CUDA graph of it
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
