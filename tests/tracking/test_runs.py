@@ -79,7 +79,9 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files of a pipeline's stages that a mirror shows, in a folder of their own."""
     for name in ("METRICS", "PLOTS", "SAMPLES", "TOKENS"):
         monkeypatch.setattr(tracking, name, tmp_path / name.lower())
-    write_json(tmp_path / "metrics/train.json", {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10, "threads": 2})
+    write_json(
+        tmp_path / "metrics/train.json", {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10, "val_loss": 4.5}
+    )
     write_json(tmp_path / "metrics/evaluate.json", {"loss": 4.0, "perplexity": 54.6, "bits_per_byte": 1.5})
     write_json(tmp_path / "metrics/sample.json", SAMPLED | {"model": "79bb2d9d"})
     write_curves([(1, {"train/loss": 5.0}), (2, {"train/loss": 4.0})], tmp_path / "plots")
@@ -90,7 +92,12 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def assert_mirrored(run: Run, params: Params) -> None:
-    final = {"test/loss": 4.0, "train/tokens": 8, **{f"sample/{name}": value for name, value in SAMPLED.items()}}
+    final = {
+        "test/loss": 4.0,
+        "train/tokens": 8,
+        "val/full_loss": 4.5,
+        **{f"sample/{name}": value for name, value in SAMPLED.items()},
+    }
     for name, value in final.items():
         assert points(run, name) == [(params.train.max_steps, value)], name
     assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)]

@@ -106,7 +106,7 @@ def loss_of_logits(model: GPT2Model, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def make_trainer(make_model: MakeModel, make_train_params: MakeTrainParams) -> Callable[..., Trainer]:
+def make_trainer(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Path) -> Callable[..., Trainer]:
     """Build a trainer of a tiny model, with the fused parts unless told otherwise."""
 
     def make(model: GPT2Model | None = None, fused: bool = True, **changes: Any) -> Trainer:
@@ -116,7 +116,7 @@ def make_trainer(make_model: MakeModel, make_train_params: MakeTrainParams) -> C
         if fused:
             use_fused_parts(model, seen_tokens, compiled=False)
         params = make_train_params(**{"grad_clip": 1e9} | changes)
-        return Trainer(model, TOKENS, TOKENS[:90], params, torch.float32)
+        return Trainer(model, TOKENS, TOKENS[:90], params, torch.float32, Checkpoints(tmp_path))
 
     return make
 
@@ -259,9 +259,10 @@ def test_too_short_split_is_refused_before_training(
     train_count: int,
     val_count: int,
     short: str,
+    tmp_path: Path,
 ) -> None:
-    splits = TOKENS[:train_count], TOKENS[:val_count]
-    assert short in error_line(lambda: Trainer(make_model(), *splits, make_train_params(), torch.float32))
+    splits, last = (TOKENS[:train_count], TOKENS[:val_count]), (torch.float32, Checkpoints(tmp_path))
+    assert short in error_line(lambda: Trainer(make_model(), *splits, make_train_params(), *last))
 
 
 def test_dropout_differs_at_each_step_and_seed(run: Callable[..., Any], make_model: MakeModel) -> None:

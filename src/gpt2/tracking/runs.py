@@ -201,5 +201,6 @@ def _final_metrics() -> dict[str, float]:
         **{f"test/{name}": evaluated[name] for name in ("loss", "perplexity", "bits_per_byte")},
         **{f"sample/{name}": value for name, value in sampled.items() if name != "model"},
         **{f"train/{name}": trained[name] for name in ("tokens", "peak_memory_bytes")},
+        "val/full_loss": trained["val_loss"],
         "model/parameters": trained["parameters"],
     }

@@ -54,7 +54,8 @@ def run_training(
     on Ctrl-C or SIGTERM, after saving a checkpoint; OSError if none can be saved.
     """
     device = model.token_embedding.weight.device
-    trainer = Trainer(model, train_tokens, val_tokens, params, choose_precision(runtime.precision, device))
+    precision = choose_precision(runtime.precision, device)
+    trainer = Trainer(model, train_tokens, val_tokens, params, precision, checkpoints)
     log = TrainingLog(params, device, checkpoints, log_metrics)
     seen_tokens = SeenTokens(torch.from_numpy(seen).to(device))
     if params.fused:
@@ -74,7 +75,7 @@ def run_training(
         if device.type == "cuda" and start < params.max_steps:
             trainer.gradients = capture(trainer.compute_gradients, *(x.to(device) for x in trainer.batches(start)))
     with stop_requests() as stop_signal:
-        train(trainer, checkpoints, log, start, stop_signal)
+        train(trainer, log, start, stop_signal)
     return log.final_metrics() | {"parameters": model.count_parameters()}, log.history
 
 

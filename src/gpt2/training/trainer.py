@@ -5,6 +5,7 @@ Shapes: B batch, T positions.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,15 @@ class Trainer:
     """
 
     def __init__(
-        self, model: GPT2Model, train_tokens: Tokens, val_tokens: Tokens, params: TrainParams, precision: torch.dtype
+        self,
+        model: GPT2Model,
+        train_tokens: Tokens,
+        val_tokens: Tokens,
+        params: TrainParams,
+        precision: torch.dtype,
+        checkpoints: Checkpoints,
     ) -> None:
-        self.model, self.params, self.precision = model, params, precision
+        self.model, self.params, self.precision, self.checkpoints = model, params, precision, checkpoints
         self.device = model.token_embedding.weight.device
         self.micro_batch_size = choose_micro_batch_size(params.micro_batch_size, self.device)
         self.batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
@@ -69,10 +76,12 @@ class Trainer:
         self.model.train()
         return float(total / count)
 
+    def save(self, step: int, log_state: dict[str, Any]) -> None:
+        """Write a checkpoint of the state after `step` steps. Raises OSError; the one before is intact then."""
+        self.checkpoints.save(step, self.model, self.optimizers, log_state)
 
-def train(
-    trainer: Trainer, checkpoints: Checkpoints, log: TrainingLog, start: int, stop_signal: Callable[[], int]
-) -> None:
+
+def train(trainer: Trainer, log: TrainingLog, start: int, stop_signal: Callable[[], int]) -> None:
     """Do all steps from `start` on: the loop.
 
     val/loss is always that of the same windows; the end adds the whole split's, val/full_loss. stop_signal() returns
@@ -98,6 +107,6 @@ def train(
             log.log_validation(done, losses)
         if last or stopping or done % params.checkpoint_interval == 0:
             with log.paused():
-                checkpoints.save(done, trainer.model, trainer.optimizers, log.state())
+                trainer.save(done, log.state())
         if stopping or (last and stop_signal()):  # also one that came while the last step was saved
             raise Stopped(stop_signal(), f"stopped after step {done}, which is saved; the same command resumes it")
