@@ -15,6 +15,7 @@ from gpt2.config import Params
 from gpt2.core.device import choose_device
 from gpt2.core.files import read_json, sha256_of, write_json
 from gpt2.core.paths import ROOT, TOKENS, main_root
+from gpt2.training.checkpoints import Checkpoints
 
 UNCOMMITTED = ("src", "dvc.yaml", "params.yaml", "requirements.txt")  # what a diff to the commit is of
 INPUTS = ("model", "train", "runtime", "torch", "files")  # of a training: its weights depend on nothing else
@@ -56,10 +57,10 @@ def first_lineage(lineage: Lineage) -> Lineage:
 
 
 def describe_saved_trainings(lineage: Lineage) -> list[str]:
-    """Return a line for each other training whose checkpoints are kept: their size, and how it differs from this."""
+    """Return a line for each training that has ended early: how large its checkpoints are, and what differs in it."""
     lines = []
     for file in sorted(checkpoint_folder("").glob("*/lineage.json")):
-        if file.parent.name != lineage["train_key"]:
+        if file.parent.name != lineage["train_key"] and not Checkpoints(file.parent).are_used():
             megabytes = sum(one.stat().st_size for one in file.parent.iterdir()) / 1e6
             changes = "; ".join(
                 differences(*({name: one[name] for name in INPUTS} for one in (read_json(file), lineage)))

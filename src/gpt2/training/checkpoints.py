@@ -84,6 +84,14 @@ class Checkpoints:
             delete(self.folder)
             self._lock.unlink(missing_ok=True)
 
+    def are_used(self) -> bool:
+        """Tell whether a process, also this one, holds these checkpoints."""
+        try:
+            with FileLock(self._lock, blocking=False):
+                return False
+        except Timeout:
+            return True
+
     @property
     def _lock(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.lock")
