@@ -36,19 +36,16 @@ def choose_champion(version: ModelVersion, params: Params) -> str:
     with store_lock():
         held_by = client.get_registered_model(name).aliases.get(alias)
         holder = _find(client, name, held_by) if held_by else None
+        if holder and _is_same(holder, version):
+            return f"{name} version {version.version} is {alias}: it holds it already"
         reasons = [f"version {held_by}, which held it, is lost"] if held_by and not holder else []
-        best: ModelVersion | None = version
-        if policy != "if_better":
+        best: ModelVersion | None
+        if policy == "if_better":
+            best, compared = _best(client, version, holder, params)
+            reasons += compared
+        else:
             best = version if policy == "always" else holder
             reasons.append(f"register.promote is {policy}")
-        elif holder and _is_same(holder, version):
-            reasons.append("it holds it already")
-        else:
-            winner = version
-            for rival in [holder] if holder else _best_others(client, version):
-                winner, reason = compare(winner, rival, params)
-                reasons.append(reason)
-            best = winner
         if best and not (holder and _is_same(best, holder)):
             client.set_registered_model_alias(name, alias, best.version)
         verdict = "; ".join(reasons) or "there is no other version"
@@ -57,19 +54,39 @@ def choose_champion(version: ModelVersion, params: Params) -> str:
     return f"{name} version {version.version} {'is' if is_champion else 'is not'} {alias}: {verdict}"
 
 
-def compare(challenger: ModelVersion, holder: ModelVersion, params: Params) -> tuple[ModelVersion, str]:
-    """Return the version of lower loss, and why; the holder if the two cannot be compared."""
-    if all(challenger.tags[tag] == holder.tags.get(tag) for tag in MEASURE):
-        losses, measured = [float(version.tags[VAL_LOSS]) for version in (challenger, holder)], "validation loss"
+def _best(
+    client: mlflow.MlflowClient, version: ModelVersion, holder: ModelVersion | None, params: Params
+) -> tuple[ModelVersion, list[str]]:
+    """Return the better of a version and the alias's holder, or the best of all if there is none, and the reasons."""
+    rivals = [holder] if holder else []
+    if not holder:
+        found = client.search_model_versions(f"name = '{version.name}'")
+        whole = [one for one in found if not _is_same(one, version) and VAL_LOSS in one.tags and not is_lost(one)]
+        whole.sort(key=lambda one: float(one.tags[VAL_LOSS]), reverse=True)
+        # Of those that were measured alike, the last is the best.
+        rivals = list({tuple(one.tags.get(tag) for tag in MEASURE): one for one in whole}.values())
+    best, reasons = version, []
+    for rival in rivals:
+        is_better, reason = compare(best, rival, params)
+        reasons.append(reason)
+        if is_better is False or (is_better is None and holder):
+            best = rival
+    return best, reasons
+
+
+def compare(challenger: ModelVersion, rival: ModelVersion, params: Params) -> tuple[bool | None, str]:
+    """Return whether the challenger has the lower loss, and a reason; None if they cannot be compared."""
+    if all(challenger.tags[tag] == rival.tags.get(tag) for tag in MEASURE):
+        losses, measured = [float(version.tags[VAL_LOSS]) for version in (challenger, rival)], "validation loss"
     else:
         try:
-            losses, measured = _score_again(challenger, holder, params)
+            losses, measured = _score_again(challenger, rival, params)
         except UserError as error:
             hint = f"`python src/register.py --promote {challenger.version}` makes it the champion"
-            return holder, f"it cannot be compared with version {holder.version} ({error}); {hint}"
-    relation = "below" if losses[0] < losses[1] else "not below"
-    verdict = f"{measured} {losses[0]:.4f} is {relation} the {losses[1]:.4f} of version {holder.version}"
-    return (challenger if losses[0] < losses[1] else holder), verdict
+            return None, f"it cannot be compared with version {rival.version} ({error}); {hint}"
+    is_better = losses[0] < losses[1]
+    relation = "below" if is_better else "not below"
+    return is_better, f"{measured} {losses[0]:.4f} is {relation} the {losses[1]:.4f} of version {rival.version}"
 
 
 def promote(name: str, alias: str, number: str) -> str:
@@ -84,16 +101,16 @@ def promote(name: str, alias: str, number: str) -> str:
     return f"{name} version {number} is {alias}: promoted by hand"
 
 
-def _score_again(challenger: ModelVersion, holder: ModelVersion, params: Params) -> tuple[list[float], str]:
+def _score_again(challenger: ModelVersion, rival: ModelVersion, params: Params) -> tuple[list[float], str]:
     """Return the losses of both models on the validation documents that are new to them, and what was measured.
 
     Raises UserError if there is nothing to measure on.
     """
-    if challenger.tags[TOKENIZER] != holder.tags.get(TOKENIZER):
+    if challenger.tags[TOKENIZER] != rival.tags.get(TOKENIZER):
         raise UserError("it has another tokenizer")
     validation = pd.read_csv(DOCUMENTS).query("split == 'val'")
     new = validation
-    for version in (challenger, holder):
+    for version in (challenger, rival):
         path = artifacts_folder(version) / DOCUMENTS.name
         if not path.exists():
             raise UserError("what it was trained on is not known")
@@ -104,20 +121,12 @@ def _score_again(challenger: ModelVersion, holder: ModelVersion, params: Params)
     split = load_tokens(TOKENS / "val.bin")
     spans = zip(new["first_token"], new["tokens"], strict=True)
     tokens = np.concatenate([split[first : first + count] for first, count in spans])
-    models = [load_model(artifacts_folder(version) / MODEL.name)[0] for version in (challenger, holder)]
+    models = [load_model(artifacts_folder(version) / MODEL.name)[0] for version in (challenger, rival)]
     device = choose_device(params.runtime.device)
     stride = min(params.evaluate.stride, *(model.max_len for model in models))
     with autocast(device, choose_precision(params.runtime.precision, device)):
         losses = [mean_loss(model.to(device), tokens, stride, params.evaluate.batch_size) for model in models]
     return losses, f"scored again on {len(new)} of {len(validation)} validation documents, loss"
-
-
-def _best_others(client: mlflow.MlflowClient, version: ModelVersion) -> list[ModelVersion]:
-    """Return the other versions that are whole and measured: of those that were measured alike, only the best."""
-    found = client.search_model_versions(f"name = '{version.name}'")
-    others = [one for one in found if not _is_same(one, version) and VAL_LOSS in one.tags and not is_lost(one)]
-    others.sort(key=lambda one: float(one.tags[VAL_LOSS]), reverse=True)
-    return list({tuple(one.tags.get(tag) for tag in MEASURE): one for one in others}.values())
 
 
 def _find(client: mlflow.MlflowClient, name: str, number: str) -> ModelVersion | None:
