@@ -14,7 +14,7 @@ from gpt2.config import Params, champion_uri, load_params
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.errors import UserError
 from gpt2.core.files import read_json, write_json
-from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, RECEIPT, TOKENS
+from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, RECEIPT, SAMPLES, TOKENS
 from gpt2.model.weights import read_config, short_name
 from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, choose_champion, promote
 from gpt2.tracking.lineage import Lineage, checkpoint_folder, differences
@@ -76,7 +76,7 @@ def check_parameters(params: Params, lineage: Lineage) -> None:
     """
     evaluated, sampled = (read_json(METRICS / f"{stage}.json") for stage in ("evaluate", "sample"))
     recorded = {name: lineage[name] for name in ("prepare", "model", "train", "runtime")}
-    recorded["evaluate"] = {"stride": evaluated["stride"]}
+    recorded |= {"evaluate": {"stride": evaluated["stride"]}, "sample": read_json(SAMPLES / "params.json")}
     compared: Any = dict.fromkeys(recorded, True) | {"evaluate": {"stride"}}
     changes = differences(recorded, params.model_dump(include=compared))
     if changes:

@@ -26,6 +26,7 @@ def main() -> None:
     # Texts may hold a \r, for which pandas sees no need to quote.
     write_text(SAMPLES / "samples.csv", table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC))
     write_text(SAMPLES / "samples.md", page(table))
+    write_json(SAMPLES / "params.json", params.sample.model_dump())
     metrics = measure(written, training)
     write_json(METRICS / "sample.json", metrics | {"model": short_name(MODEL)})
     figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
