@@ -206,12 +206,17 @@ def test_weights_may_be_read_by_whoever_may_read_their_configuration(saved: Path
     assert weights.stat().st_mode & 0o777 == config.stat().st_mode & 0o777
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "{}", '{"model_sha256": 5, "model": {}}', '{"model_sha256": "", "model": []}', "\0"]
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\0", '{"model_sha256": "' + "0" * 64 + '", "model": []}'])
 def test_broken_configuration_is_refused(saved: Path, error_line: ErrorLine, text: str) -> None:
     (saved / "config.json").write_text(text)
     assert "config.json" in error_line(lambda: load_model(saved))
+
+
+@pytest.mark.parametrize("digest", [None, 5, "", "../x", "0" * 63, "g" * 64, "0" * 64 + "\n"])
+def test_configuration_without_a_sha256_is_refused(saved: Path, error_line: ErrorLine, digest: Any) -> None:
+    config = json.loads((saved / "config.json").read_text()) | {"model_sha256": digest}
+    (saved / "config.json").write_text(json.dumps(config))
+    assert "has no SHA-256 of weights" in error_line(lambda: read_config(saved))
 
 
 def test_bad_values_of_the_configuration_are_named(saved: Path, error_line: ErrorLine) -> None:

@@ -97,9 +97,10 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
     """Return the configuration and the weights' SHA-256 recorded in a model folder. Raises UserError."""
     path = folder / CONFIG
     raw = read_json(path)
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_sha256"), str):
-        raise UserError(f"{path} is not a model's configuration")
-    return check(ModelConfig, raw.get("model"), str(path)), raw["model_sha256"]
+    digest = raw.get("model_sha256") if isinstance(raw, dict) else None
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise UserError(f"{path} is not a model's configuration: it has no SHA-256 of weights")
+    return check(ModelConfig, raw.get("model"), str(path)), digest
 
 
 def short_name(folder: Path) -> str:
