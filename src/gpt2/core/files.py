@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -20,15 +19,8 @@ from gpt2.core.errors import UserError
 
 def write_json(path: Path, content: Any) -> None:
     """Write content as indented JSON, making the folder if need be. Infinity and NaN, which JSON lacks, become null."""
-    write_text(path, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    write_text(path, json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
