@@ -16,10 +16,12 @@ def main() -> None:
     params = load_params(PARAMS).prepare
     check_versions()
     check_tracked(params.source, ROOT, main_root())
-    documents = read_corpus(params.source, ROOT)
+    documents, left_out = read_corpus(params.source, ROOT)
     with atomic_write(TOKENS) as folder:
         folder.mkdir()
         meta = write_token_files(documents, folder, params.source, params.val_fraction, params.test_fraction)
+    if any(left_out.values()):
+        print("left out:", ", ".join(f"{count} {kind}" for kind, count in left_out.items() if count))
     for name, split in meta["splits"].items():
         print(f"{name:5} {split['documents']:8,} documents {split['bytes']:13,} bytes {split['tokens']:12,} tokens")
 

@@ -70,30 +70,31 @@ def test_unknown_name_is_answered_with_the_nearest(problem: Callable[..., str], 
     assert f"{name} is unknown (did you mean {nearest}?)" in problem(**{name: 1})
 
 
-def test_unknown_name_far_from_any_gets_no_guess(problem: Callable[..., str]) -> None:
-    line = problem(zzzzzz=1)
-    assert "zzzzzz is unknown" in line and "did you mean" not in line
-
-
-def test_unknown_name_in_a_list_is_not_answered_with_its_section(problem: Callable[..., str]) -> None:
-    line = problem(sample__settings=[{"temperature": 1, "top_kk": 5}])
-    assert "sample.settings.0.top_kk is unknown" in line and "did you mean sample.settings?" not in line
+def test_unknown_name_gets_no_far_fetched_guess(problem: Callable[..., str]) -> None:
+    line = problem(zzzzzz=1, sample__settings=[{"temperature": 1, "top_kk": 5}])
+    assert line.endswith("; zzzzzz is unknown\n")
+    assert "sample.settings.0.top_kk is unknown (did you mean sample.settings.top_k?)" in line
 
 
 def test_all_problems_are_reported_at_once(problem: Callable[..., str]) -> None:
-    line = problem(train__seed="x", model__d_ff=-1, prepare__source=MISSING, evaluate__strid=3, model__n_heads=7)
-    for name in ("train.seed", "model.d_ff", "prepare.source is missing", "evaluate.strid is unknown"):
-        assert name in line
-
-
-def test_a_sections_conflict_is_reported_with_the_rest(problem: Callable[..., str]) -> None:
-    line = problem(model__n_heads=5, train__seed="x")
-    assert "model: d_model 384 is not a multiple of n_heads 5" in line and "train.seed" in line
+    line = problem(train__seed="x", model__n_heads=5, prepare__source=MISSING, evaluate__strid=3)
+    for told in (
+        "train.seed",
+        "model: d_model 384 is not a multiple of n_heads 5",
+        "prepare.source is missing",
+        "evaluate.strid is unknown",
+    ):
+        assert told in line
 
 
 def test_all_conflicts_between_sections_are_reported_at_once(problem: Callable[..., str]) -> None:
-    line = problem(train__sequence_length=1024, evaluate__stride=1024)
-    assert "train.sequence_length 1024 is more than" in line and "evaluate.stride 1024 is more than" in line
+    line = problem(train__sequence_length=513, evaluate__stride=1024, model__tie_weights=True)
+    for told in (
+        "train.sequence_length 513 is more than model.max_len 512",
+        "evaluate.stride 1024 is more than model.max_len 512",
+        "train.initialization bigrams needs model.tie_weights false",
+    ):
+        assert told in line
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, va
 
 
 def test_the_champion_is_known_whatever_else_is_wrong(
-    tmp_path: Path, shipped: dict[str, Any], error_line: Callable[[Callable[[], object]], str]
+    tmp_path: Path, shipped: dict[str, Any], error_line: ErrorLine
 ) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump({"train": 7, "register": shipped["register"]}))
@@ -196,16 +197,14 @@ def test_a_source_that_dvc_does_not_watch_is_told_so(problem: Callable[..., str]
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model.n_heads": 5}, "model: d_model 384 is not a multiple of n_heads 5"),
-        ({"train.sequence_length": 513}, "train.sequence_length 513 is more than model.max_len 512"),
-        ({"evaluate.stride": 513}, "evaluate.stride 513 is more than model.max_len 512"),
-        ({"model.tie_weights": True}, "train.initialization bigrams needs model.tie_weights false"),
         ({"model.d_model": 2, "model.n_heads": 1}, "train.initialization bigrams needs model.d_model 3 or more (2)"),
         ({"prepare.val_fraction": 0.5, "prepare.test_fraction": 0.5}, "leave nothing to train on"),
         ({"prepare.val_fraction": "6e-1", "prepare.test_fraction": "6e-1"}, "leave nothing to train on"),
     ],
 )
-def test_impossible_combination_is_refused(problem: Callable[..., str], changes: dict[str, Any], words: str) -> None:
+def test_impossible_values_together_are_refused(
+    problem: Callable[..., str], changes: dict[str, Any], words: str
+) -> None:
     assert words in problem(**changes)
 
 
@@ -225,15 +224,14 @@ def test_whole_number_serves_as_a_fraction(shipped: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "42", "[1, 2]", "text", "a: [", "a: 1\n\tb: 2", "\0", b"\xff\xfe\xfa", "{[1]: 2}", "&a [*a]", "1: 2"]
+    "text",
+    [
+        *("", "42", "[1, 2]", "text", "a: [", "a: 1\n\tb: 2", "\0", b"\xff\xfe\xfa", "{[1]: 2}", "&a [*a]", "1: 2"),
+        *("train: !!bool maybe", "train: !!int ''", "train: !!float ''", "train: !!timestamp noon"),
+    ],
 )
 def test_what_is_no_mapping_is_refused(tmp_path: Path, error_line: ErrorLine, text: str | bytes) -> None:
     assert "params.yaml" in error_line(lambda: load_text(tmp_path, text))
-
-
-@pytest.mark.parametrize("text", ["!!bool maybe", "!!int ''", "!!float ''", "!!timestamp noon"])
-def test_value_that_is_not_what_its_tag_says_is_refused(tmp_path: Path, error_line: ErrorLine, text: str) -> None:
-    assert "params.yaml" in error_line(lambda: load_text(tmp_path, f"train: {text}"))
 
 
 def aliases(value: str, item: str) -> str:
@@ -277,12 +275,9 @@ def test_hostile_text_is_refused_in_a_line(tmp_path: Path, error_line: ErrorLine
     assert len(error_line(lambda: load_text(tmp_path, text))) < 5000
 
 
-def test_missing_file_is_named(tmp_path: Path, error_line: ErrorLine) -> None:
+def test_file_that_cannot_be_read_is_named(tmp_path: Path, error_line: ErrorLine) -> None:
     assert "absent.yaml does not exist" in error_line(lambda: load_params(tmp_path / "absent.yaml"))
-
-
-def test_folder_in_place_of_the_file_is_refused(tmp_path: Path, error_line: ErrorLine) -> None:
-    assert "cannot be read" in error_line(lambda: load_params(tmp_path))
+    assert f"{tmp_path} cannot be read" in error_line(lambda: load_params(tmp_path))
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates()

@@ -31,8 +31,10 @@ def own(tmp_path: Path, shipped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     return root
 
 
-def test_an_experiment_reads_its_own_texts(own: Path) -> None:
+def test_an_experiment_reads_its_own_texts(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own / "data" / "raw" / "notes.md").touch()
     prepare.main()
+    assert capsys.readouterr().out.startswith("left out: 1 not .txt\ntrain ")
     splits = read_json(own / "data" / "tokens" / "meta.json")["splits"]
     assert sum(split["documents"] for split in splits.values()) == 30
 

@@ -13,7 +13,7 @@ TEXTS = {folder / "README.md": (folder / "README.md").read_text(encoding="utf-8"
 ALL = "\n".join(TEXTS.values())
 LONGEST = 170  # lines that a reader has patience for
 OTHERS_OPTIONS = {"--queue", "--run-all", "--temp", "--timeout"}  # of DVC and MLflow
-FILE_ENDINGS = {"py", "json", "csv", "bin", "safetensors"}
+FILE_ENDINGS = {"py", "json", "csv", "bin", "safetensors", "txt"}
 
 
 def named_files() -> Iterator[Path]:

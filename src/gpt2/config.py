@@ -245,8 +245,7 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         shown = reprlib.repr(problem["input"])  # bounded: YAML's aliases can make a short file a huge value
     except ValueError:
         shown = "a huge number"
-    value = shown if len(shown) <= 40 else f"{shown[:37]}..."
-    return f"{location} {message} ({value})".strip()
+    return f"{location} {message} ({shown:.40})".strip()
 
 
 def _known_names(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -1,4 +1,6 @@
 import contextlib
+import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from gpt2.core import files
 from gpt2.core.files import atomic_write, file_lock, read_json, sha256_of, write_json, write_text
 
+PARTIAL = f"it.{os.getpid()}.partial"
 FullDisk = Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -22,6 +25,12 @@ def test_text_comes_back_in_the_same_bytes_everywhere(tmp_path: Path) -> None:
     write_json(path, {"b": "é", "a": [1]})
     assert path.read_bytes() == '{\n  "b": "é",\n  "a": [\n    1\n  ]\n}\n'.encode()
     assert read_json(path) == {"b": "é", "a": [1]}
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": float("inf"), "b": [1.5, (-math.inf, math.nan)]})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [1.5, [None, None]]}
 
 
 def test_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, full_disk: FullDisk) -> None:
@@ -48,19 +57,24 @@ def test_what_is_not_finished_replaces_nothing(tmp_path: Path, kind: str, error:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_process_left_is_no_hindrance(tmp_path: Path) -> None:
-    path = tmp_path / "it"
-    make_folder(tmp_path / "it.partial", "half")
-    with atomic_write(path) as partial:
-        make_folder(partial, "whole")
-    assert (path / "file").read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+def test_another_process_may_write_the_same_and_what_a_killed_one_left_is_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "it[1]"
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    half = [tmp_path / f"it[1].{other.pid}{end}.partial" for end in ("", ".old")]
+    for folder in (*half, tmp_path / f"it[1].{os.getpid()}.partial"):
+        make_folder(folder, "half")
+    for left in ([path, *half], [path]):
+        with atomic_write(path) as partial:
+            make_folder(partial, "whole")
+        assert (path / "file").read_text() == "whole" and sorted(tmp_path.iterdir()) == sorted(left)
+        other.communicate()
 
 
 def test_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, replace = tmp_path / "it", Path.replace
 
     def fail(source: Path, target: Path) -> Path:
-        if source.name == "it.partial":
+        if source.name == PARTIAL:
             raise OSError("no space left")
         return replace(source, target)
 
@@ -72,7 +86,7 @@ def test_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, mo
     assert (path / "file").read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(("renamed", "left"), [("it", "old"), ("it.partial", "new")])
+@pytest.mark.parametrize(("renamed", "left"), [("it", "old"), (PARTIAL, "new")])
 def test_folder_is_whole_if_ctrl_c_comes_as_it_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: str, left: str
 ) -> None:
@@ -89,7 +103,7 @@ def test_folder_is_whole_if_ctrl_c_comes_as_it_is_replaced(
     monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt), atomic_write(path) as partial:
         make_folder(partial, "new")
-    assert (path / "file").read_text() == left and not (tmp_path / "it.partial").exists()
+    assert (path / "file").read_text() == left and not (tmp_path / PARTIAL).exists()
 
 
 REPLACE_FOR_EVER = """

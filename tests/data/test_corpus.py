@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 
 from gpt2.core.errors import UserError
 from gpt2.data import corpus
-from gpt2.data.corpus import SPLITS, Digest, Document, check_tracked, digest, read_corpus, split_documents
+from gpt2.data.corpus import SPLITS, Document, check_tracked, digest, split_documents
 
 ErrorLine = Callable[[Callable[[], object]], str]
+
+
+def read_corpus(source: str, root: Path) -> list[Document]:
+    return corpus.read_corpus(source, root)[0]
 
 
 def write_files(folder: Path, **texts: str | bytes) -> Path:
@@ -111,11 +115,38 @@ def test_too_few_documents_are_refused(tmp_path: Path, error_line: ErrorLine, te
     assert "three files or more" in error_line(lambda: read_corpus(".", folder))
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe", b"cut \xe6\x97", b"caf\xe9 au lait"])
-def test_what_is_not_utf8_is_refused_by_name(tmp_path: Path, error_line: ErrorLine, data: bytes) -> None:
-    folder = write_files(tmp_path, a="1", b=data, c="3")
-    documents = read_corpus(".", folder)
-    assert "b.txt is not UTF-8" in error_line(lambda: [digest(document) for document in documents])
+@pytest.mark.parametrize("source", [".", "b.txt"])
+@pytest.mark.parametrize(("data", "offset"), [(b"\xff\xfe", 0), (b"cut \xe6\x97", 4), (b"caf\xe9 au lait", 3)])
+def test_what_is_not_utf8_is_refused_by_its_place(
+    tmp_path: Path, error_line: ErrorLine, source: str, data: bytes, offset: int
+) -> None:
+    documents = read_corpus(source, write_files(tmp_path, a="1", b=LINES.encode() + data, c="3"))
+    line = error_line(lambda: [digest(document) for document in documents])
+    assert "b.txt is not UTF-8 text: " in line and line.endswith(f" at byte {len(LINES.encode()) + offset}\n")
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    folder = write_files(tmp_path, **dict.fromkeys("abc", f"\ufeff{LINES}"))
+    assert [document.read() for document in read_corpus(".", folder)] == [LINES] * 3
+    assert "".join(document.read() for document in read_corpus("a.txt", folder)) == LINES
+
+
+def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path) -> None:
+    folder = write_files(tmp_path, a="1", b="2", c="3", empty="", **{".#a": "no", ".b": "no"})
+    for hidden in (".ipynb_checkpoints", "__MACOSX"):
+        write_files(folder / hidden, d="no")
+    for name in ("a.txt~", "#c.txt#", "other.csv", "a.txt.dvc", ".gitignore"):
+        (folder / name).write_text("no")
+    (folder / "link.txt").symlink_to(folder / "absent.txt")
+    documents, left_out = corpus.read_corpus(".", folder)
+    assert [document.name for document in documents] == ["a.txt", "b.txt", "c.txt"]
+    assert left_out == {"hidden": 6, "not .txt": 1, "empty": 1, f"dangling link '{folder / 'link.txt'}'": 1}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt.gz", "a.PDF"])
+def test_format_that_is_not_text_is_refused(tmp_path: Path, error_line: ErrorLine, name: str) -> None:
+    (tmp_path / name).write_text(LINES)
+    assert f"{name} is not plain text" in error_line(lambda: read_corpus(name, tmp_path))
 
 
 def test_file_that_vanishes_is_refused(tmp_path: Path, error_line: ErrorLine) -> None:
@@ -144,19 +175,19 @@ def test_folder_that_cannot_be_read_is_refused(
     ("source", "link", "target"),
     [
         ("texts", "texts/d.txt", "elsewhere/d.txt"),
-        ("texts", "texts/d.txt", "absent.txt"),
-        ("texts", "texts/d.txt", "texts/d.txt"),
+        ("absent.txt", "absent.txt", "nowhere.txt"),
         ("texts", "texts/deeper/linked", "elsewhere"),
         ("texts", "texts/loop", "texts"),
         ("linked", "linked", "texts"),
         ("linked.txt", "linked.txt", "texts/a.txt"),
         ("linked/texts", "linked", "."),
-        ("texts", "texts/d.txt", "files/md5/ab/not-of-dvc"),
+        ("texts", "texts/d.txt", "files/md5/ab/other.txt"),
     ],
 )
 def test_links_are_refused(tmp_path: Path, error_line: ErrorLine, source: str, link: str, target: str) -> None:
     write_files(tmp_path / "texts", a="1", b="2", c="3")
     write_files(tmp_path / "elsewhere", d="4")
+    write_files(tmp_path / "files/md5/ab", other="not of DVC's cache")
     (tmp_path / "texts" / "deeper").mkdir()
     (tmp_path / link).symlink_to(tmp_path / target)
     assert f"{tmp_path / link} is a link" in error_line(lambda: read_corpus(source, tmp_path))
@@ -213,35 +244,75 @@ def make_documents(count: int) -> list[Document]:
     return [Document(str(i), partial(str, f"text {i} " * (1 + i % 5))) for i in range(count)]
 
 
+def split(documents: list[Document], val_fraction: float = 0.1, test_fraction: float = 0.1) -> list[str]:
+    return split_documents(documents, [digest(one) for one in documents], val_fraction, test_fraction)
+
+
 def test_split_follows_the_texts_not_their_order_or_names() -> None:
     documents = make_documents(50)
-    split = dict(zip(documents, split_documents([digest(one) for one in documents], 0.1, 0.1), strict=True))
+    splits = dict(zip(documents, split(documents), strict=True))
     random.Random(1).shuffle(documents)
     renamed = [Document(f"renamed {one.name}", one.read) for one in documents]
-    again = split_documents([digest(one) for one in renamed], 0.1, 0.1)
-    assert again == [split[document] for document in documents]
+    assert split(renamed) == [splits[document] for document in documents]
 
 
 @pytest.mark.parametrize("copies", [2, 7])
 def test_equal_texts_are_never_in_two_splits(copies: int) -> None:
-    digests = [Digest(10, f"{number // copies:02}") for number in range(14 * copies)]
-    splits = split_documents(digests, 0.25, 0.25)
+    documents = [Document(str(number), partial(str, f"text {number // copies:02}")) for number in range(14 * copies)]
+    splits = split(documents, 0.25, 0.25)
     for start in range(0, len(splits), copies):
         assert len(set(splits[start : start + copies])) == 1
 
 
-DIGESTS = st.lists(st.builds(Digest, st.integers(0, 10**6), st.text("0123456789abcdef", min_size=8)), min_size=3)
+DIGESTS = st.lists(st.tuples(st.integers(0, 10**6), st.text("0123456789abcdef", min_size=8)), min_size=3)
 
 
 @given(digests=DIGESTS, val_fraction=st.floats(0.001, 0.998), test_fraction=st.floats(0.001, 0.998))
-def test_every_split_gets_a_document(digests: list[Digest], val_fraction: float, test_fraction: float) -> None:
-    splits = split_documents(digests, val_fraction, test_fraction)
+def test_every_split_gets_a_document_and_none_far_more_than_its_fraction(
+    digests: list[tuple[int, str]], val_fraction: float, test_fraction: float
+) -> None:
+    try:
+        splits = split_documents(make_documents(len(digests)), digests, val_fraction, test_fraction)
+    except UserError as error:
+        assert "_fraction" in str(error)
+        return
     assert len(splits) == len(digests) and set(splits) == set(SPLITS)
+    total = sum(size for size, _ in digests)
+    for name, fraction in (("val", val_fraction), ("test", test_fraction)):
+        held = sum(size for (size, _), one in zip(digests, splits, strict=True) if one == name)
+        assert held <= 3 * fraction * total
 
 
 def test_split_holds_its_fractions_of_the_bytes() -> None:
-    digests = [digest(document) for document in make_documents(1000)]
-    splits, total = split_documents(digests, 0.2, 0.1), sum(one.bytes for one in digests)
+    documents = make_documents(1000)
+    splits, sizes = split(documents, 0.2, 0.1), [digest(document)[0] for document in documents]
     for name, fraction in (("val", 0.2), ("test", 0.1), ("train", 0.7)):
-        held = sum(one.bytes for one, split in zip(digests, splits, strict=True) if split == name)
-        assert held / total == pytest.approx(fraction, abs=0.01)
+        held = sum(size for size, one in zip(sizes, splits, strict=True) if one == name)
+        assert held / sum(sizes) == pytest.approx(fraction, abs=0.01)
+
+
+def test_file_too_large_for_its_split_is_named(error_line: ErrorLine) -> None:
+    documents, digests = make_documents(21), [(980, "f"), *((1, str(i)) for i in range(20))]
+    line = error_line(lambda: split_documents(documents, digests, 0.05, 0.05))
+    assert "prepare.test_fraction 0.05 would become 0.98 with 0: cut that file into smaller ones" in line
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_files_named_as_splits_are_those(tmp_path: Path, val: str) -> None:
+    folder = write_files(tmp_path, train="large " * 1000, test="small", more="of it", **{val: "small too"})
+    documents = read_corpus(".", folder)
+    names = [Path(document.name).stem for document in documents]
+    assert dict(zip(names, split(documents), strict=True)) == {
+        "train": "train",
+        "test": "test",
+        val: "val",
+        "more": "train",
+    }
+
+
+def test_files_not_named_as_splits_are_split_for_the_missing_ones() -> None:
+    for named in SPLITS:
+        documents = [*make_documents(60), Document(f"{named}.txt", partial(str, "named " * 20), named)]
+        splits = split(documents)
+        assert splits[-1] == named and set(splits) == set(SPLITS)
+        assert set(splits[:-1]) >= set(SPLITS) - {named} and (named == "train" or named not in splits[:-1])

@@ -39,7 +39,8 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 def test_meta_and_table_count_what_the_files_hold(tmp_path: Path) -> None:
     meta, rows = write(tmp_path / "tokens", TEXTS), read_rows(tmp_path / "tokens")
     assert json.loads((tmp_path / "tokens" / "meta.json").read_text(encoding="utf-8")) == meta
-    assert (meta["source"], meta["tokenizer"], meta["vocab_size"]) == ("mine", "gpt2", 50257)
+    assert meta["prepare"] == {"source": "mine", "val_fraction": 0.2, "test_fraction": 0.2}
+    assert (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", 50257)
     assert [row["document"] for row in rows] == [f'doc "{i}",\rü' for i in range(12)]
     for split in SPLITS:
         data, told = (tmp_path / "tokens" / f"{split}.bin").read_bytes(), meta["splits"][split]
@@ -62,6 +63,11 @@ def test_tokens_decode_to_the_documents_with_end_of_text_between(tmp_path: Path)
         assert decode(tokens[first : first + count - 1]) == text
         assert int(row["bytes"]) == len(text.encode())
         assert row["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_text_that_looks_like_end_of_text_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "tokens", TEXTS)
+    assert capsys.readouterr().err.startswith("warning: <|endoftext|> stands 12 times in the text")
 
 
 def test_seen_tokens_are_those_of_the_train_split(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files in a canonical form, so that equal results are equal bytes, and never half written; locks on them."""
 
+import glob
 import hashlib
 import json
 import os
@@ -10,14 +11,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from gpt2.core.errors import UserError
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write content as indented JSON, making the folder if need be."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write content as indented JSON, making the folder if need be. Infinity and NaN, which JSON lacks, become null."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    write_text(path, json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -43,8 +46,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     If the block fails, `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    delete(partial)  # of a process that was killed
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    for old in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        pid = old.name.removeprefix(f"{path.name}.").split(".")[0]
+        if old == partial or (pid.isdecimal() and not psutil.pid_exists(int(pid))):  # of a process that was killed
+            delete(old)
     try:
         yield partial
         publish(partial, path)
@@ -61,7 +67,7 @@ def publish(written: Path, path: Path) -> None:
     """
     for file in [*written.rglob("*"), written]:
         _sync(file)
-    aside = path.with_name(f"{path.name}.old.partial")  # a folder cannot be replaced at once
+    aside = path.with_name(f"{path.name}.{os.getpid()}.old.partial")  # a folder cannot be replaced at once
     delete(aside)
     try:
         if path.is_dir():

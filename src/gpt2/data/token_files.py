@@ -2,6 +2,7 @@
 
 import csv
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,19 +31,28 @@ def write_token_files(
     Raises UserError if a document cannot be read or a split is left without text.
     """
     digests = [digest(document) for document in documents]
-    splits = split_documents(digests, val_fraction, test_fraction)
+    splits = split_documents(documents, digests, val_fraction, test_fraction)
     rows: list[dict[str, Any]] = []
     seen = np.zeros(tokenizer.VOCAB_SIZE, dtype=bool)
+    ends_written = 0
     with ExitStack() as stack:
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
-        for document, split, found in zip(documents, splits, digests, strict=True):
-            first, count = files[split].tell() // DTYPE.itemsize, 0
-            for tokens in _tokenize(document.read()):
+        for document, split, (size, sha256) in zip(documents, splits, digests, strict=True):
+            first, count, text = files[split].tell() // DTYPE.itemsize, 0, document.read()
+            ends_written += text.count(tokenizer.END_OF_TEXT)
+            for tokens in _tokenize(text):
                 files[split].write(tokens.tobytes())
                 count += len(tokens)
                 seen[tokens] |= split == "train"
+            del text  # before the next is read
             row = {"document": document.name, "split": split, "first_token": first, "tokens": count}
-            rows.append(row | {"bytes": found.bytes, "sha256": found.sha256})
+            rows.append(row | {"bytes": size, "sha256": sha256})
+    if ends_written:
+        print(
+            f"warning: {tokenizer.END_OF_TEXT} stands {ends_written} times in the text, as ordinary characters: "
+            "only the end of a file ends a document",
+            file=sys.stderr,
+        )
     # Names may hold a line end, or bytes that are not UTF-8.
     with (folder / "documents.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
@@ -56,7 +66,9 @@ def write_token_files(
     }
     for split, totals in meta["splits"].items():
         if not totals["bytes"]:
-            raise UserError(f"prepare.source {source}: no text is left for the {split} split")
+            raise UserError(
+                f"prepare.source {source}: no text is left for the {split} split; add {split}.txt or other files"
+            )
         totals["sha256"] = sha256_of(folder / f"{split}.bin")
     np.save(folder / "seen_tokens.npy", seen)
     write_json(folder / "meta.json", meta)

@@ -23,11 +23,11 @@ from gpt2.model.gpt2 import GPT2Model
 WEIGHTS, CONFIG, SEEN_TOKENS = "model.safetensors", "config.json", "seen_tokens.npy"
 
 # Names of the original project's later version, and what they are called here.
-LATER_NAMES = (
-    (r"\.attn\.", ".attention."),
-    (r"\.mlp\.c_fc\.", ".feed_forward.linear1."),
-    (r"\.mlp\.c_proj\.", ".feed_forward.linear2."),
-)
+LATER_NAMES = {
+    ".attn.": ".attention.",
+    ".mlp.c_fc.": ".feed_forward.linear1.",
+    ".mlp.c_proj.": ".feed_forward.linear2.",
+}
 
 
 def save_model(
@@ -72,6 +72,8 @@ def load_model(path: Path) -> tuple[GPT2Model, ModelConfig, SeenMask | None]:
     `path` is a model folder, its .safetensors file, or a checkpoint (.pt, .pth) of the original project. Raises
     UserError if it is missing, broken, of another shape than its configuration, or does not match its recorded SHA-256.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
     seen = None
     if path.suffix in (".pt", ".pth"):
         config, state = _read_original_checkpoint(path)
@@ -97,9 +99,10 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
     """Return the configuration and the weights' SHA-256 recorded in a model folder. Raises UserError."""
     path = folder / CONFIG
     raw = read_json(path)
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_sha256"), str):
-        raise UserError(f"{path} is not a model's configuration")
-    return check(ModelConfig, raw.get("model"), str(path)), raw["model_sha256"]
+    digest = raw.get("model_sha256") if isinstance(raw, dict) else None
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise UserError(f"{path} is not a model's configuration: it has no SHA-256 of weights")
+    return check(ModelConfig, raw.get("model"), str(path)), digest
 
 
 def short_name(folder: Path) -> str:
@@ -108,8 +111,6 @@ def short_name(folder: Path) -> str:
 
 
 def _read_model_folder(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
     weights = path / WEIGHTS if path.is_dir() else path
     if not (weights.parent / CONFIG).exists():
         raise UserError(f"{path} is no model: {weights.parent / CONFIG} does not exist")
@@ -126,13 +127,9 @@ def _read_original_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor
     """Read a dict with model_state_dict and model_config, saved by torch.save, without running code from it."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state, shape = checkpoint["model_state_dict"], checkpoint["model_config"]
-        names = {name: _present_name(name) for name in state}
-        raw = {"dropout": 0.0, "tie_weights": False, "activation": "gelu", **shape}
-        raw["qkv_bias"] = any(name.endswith("w_q.bias") for name in names.values())
-        weights = {names[name]: weight.detach() for name, weight in state.items()}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        weights = {_present_name(name): weight.detach() for name, weight in checkpoint["model_state_dict"].items()}
+        raw = {"dropout": 0.0, "tie_weights": False, "activation": "gelu", **checkpoint["model_config"]}
+        raw["qkv_bias"] = any(name.endswith("w_q.bias") for name in weights)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it is damaged, or holds more than weights") from None
     except Exception:  # torch.load meets a damaged file with errors of any kind
@@ -141,8 +138,8 @@ def _read_original_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor
 
 
 def _present_name(name: str) -> str:
-    for pattern, present in LATER_NAMES:
-        name = re.sub(pattern, present, name)
+    for later, present in LATER_NAMES.items():
+        name = name.replace(later, present)
     return name
 
 
