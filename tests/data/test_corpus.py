@@ -207,6 +207,14 @@ def test_links_to_dvcs_cache_are_read(tmp_path: Path) -> None:
     assert [document.read() for document in read_corpus("texts", tmp_path / "root")] == ["0", "1", "2"]
 
 
+def test_a_link_to_what_dvcs_cache_has_lost_is_refused(tmp_path: Path, error_line: ErrorLine) -> None:
+    folder = write_files(tmp_path / "texts", a="1", b="2", c="3")
+    (folder / "d.txt").symlink_to(tmp_path / f"cache/files/md5/00/{0:030}")
+    assert f"{folder / 'd.txt'} is not in DVC's cache: run `dvc checkout`" in error_line(
+        lambda: read_corpus("texts", tmp_path)
+    )
+
+
 @pytest.mark.parametrize(
     ("source", "own", "command"),
     [
@@ -280,7 +288,8 @@ def test_every_split_gets_a_document_and_none_far_more_than_its_fraction(
     total = sum(size for size, _ in digests)
     for name, fraction in (("val", val_fraction), ("test", test_fraction)):
         held = sum(size for (size, _), one in zip(digests, splits, strict=True) if one == name)
-        assert held <= 3 * fraction * total
+        trained = sum(size for (size, _), one in zip(digests, splits, strict=True) if one == "train")
+        assert held <= max(3 * fraction * total, trained)
 
 
 def test_split_holds_its_fractions_of_the_bytes() -> None:
@@ -291,10 +300,16 @@ def test_split_holds_its_fractions_of_the_bytes() -> None:
         assert held / sum(sizes) == pytest.approx(fraction, abs=0.01)
 
 
-def test_file_too_large_for_its_split_is_named(error_line: ErrorLine) -> None:
+def test_the_largest_documents_are_trained_on() -> None:
     documents, digests = make_documents(21), [(980, "f"), *((1, str(i)) for i in range(20))]
-    line = error_line(lambda: split_documents(documents, digests, 0.05, 0.05))
-    assert "prepare.test_fraction 0.05 would become 0.98 with 0: cut that file into smaller ones" in line
+    splits = split_documents(documents, digests, 0.05, 0.05)
+    assert splits[0] == "train" and set(splits) == set(SPLITS)
+
+
+def test_file_too_large_for_its_split_is_named(error_line: ErrorLine) -> None:
+    documents = [Document("train.txt", str, "train"), *make_documents(2)]
+    line = error_line(lambda: split_documents(documents, [(1, "a"), (9, "b"), (90, "c")], 0.05, 0.05))
+    assert "prepare.val_fraction 0.05 would become 0.9 with 1: cut that file into smaller ones" in line
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation"])

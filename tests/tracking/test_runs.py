@@ -82,7 +82,9 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_json(
         tmp_path / "metrics/train.json", {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10, "val_loss": 4.5}
     )
-    write_json(tmp_path / "metrics/evaluate.json", {"loss": 4.0, "perplexity": 54.6, "bits_per_byte": 1.5})
+    write_json(
+        tmp_path / "metrics/evaluate.json", {"loss": 4.0, "perplexity": None, "bits_per_byte": 1.5, "val_loss": 4.1}
+    )
     write_json(tmp_path / "metrics/sample.json", SAMPLED | {"model": "79bb2d9d"})
     write_curves([(1, {"train/loss": 5.0}), (2, {"train/loss": 4.0})], tmp_path / "plots")
     write_text(tmp_path / "samples/samples.csv", "prompt,top_k,top_p,min_p,text\nThe,40,,,end\nA,,0.9,0.1,end\n")

@@ -19,7 +19,7 @@ from gpt2.core.errors import UserError
 
 SPLITS = ("train", "val", "test")
 SPLIT_FILES = {"train.txt": "train", "val.txt": "val", "valid.txt": "val", "validation.txt": "val", "test.txt": "test"}
-MOST_OVER = 3  # a split may get this many times its fraction, since documents stay whole
+MOST_OVER = 3  # a split of more text than train may get this many times its fraction, since documents stay whole
 HIDDEN = (".*", "__MACOSX", "*~", "#*#")  # also editors' backups and locks
 NOT_TEXT = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".zip", ".zst", ".bz2", ".xz", ".pdf", ".docx"}
 LONE_FILE_SECTIONS = 100
@@ -84,14 +84,16 @@ def split_documents(
 
     The order of the documents' hashes stands in for a shuffle: it is the same for the same texts, whatever their
     names or order. The test split takes documents until it holds its fraction of the bytes, then val does; each
-    split gets at least one. Equal texts stay together if others are left, so that none is trained on and tested.
-    Raises UserError if a split would get far more than its fraction.
+    split gets at least one. Documents larger than a split should be are taken last, so that the largest stay in train.
+    Equal texts stay together if others are left, so that none is trained on and tested. Raises UserError if a split
+    would get far more than its fraction, and more than train.
     """
     total = sum(size for size, _ in digests)
     splits = [document.split or "train" for document in documents]
     missing = [name for name in SPLITS if all(document.split != name for document in documents)]
     shuffled = [i for i, document in enumerate(documents) if document.split is None]
-    shuffled.sort(key=lambda i: (digests[i][1], i))
+    most = max(val_fraction, test_fraction) * total
+    shuffled.sort(key=lambda i: (-digests[i][0] if digests[i][0] > most else 0, digests[i][1], i))
     for name, fraction in (("test", test_fraction), ("val", val_fraction)):
         if name not in missing:
             continue
@@ -103,11 +105,15 @@ def split_documents(
                 break
             splits[shuffled.pop()] = name
             taken, last = taken + size, sha256
-        if taken > MOST_OVER * fraction * total:
-            largest = max((i for i, split in enumerate(splits) if split == name), key=lambda i: digests[i][0])
+    held = {name: [i for i, split in enumerate(splits) if split == name] for name in SPLITS}
+    sizes = {name: sum(digests[i][0] for i in indices) for name, indices in held.items()}
+    for name, fraction in (("test", test_fraction), ("val", val_fraction)):
+        is_named = any(document.split == name for document in documents)
+        if not is_named and sizes[name] > max(MOST_OVER * fraction * total, sizes["train"]):
+            largest = documents[max(held[name], key=lambda i: digests[i][0])].name
             raise UserError(
-                f"prepare.{name}_fraction {fraction} would become {taken / total:.2g} with {documents[largest].name}: "
-                "cut that file into smaller ones, or name files train.txt, val.txt and test.txt"
+                f"prepare.{name}_fraction {fraction} would become {sizes[name] / total:.2g} with {largest}: cut that "
+                "file into smaller ones, or name files train.txt, val.txt and test.txt"
             )
     return splits
 
@@ -168,10 +174,12 @@ def _text_files(path: Path, root: Path) -> tuple[list[Path], Counter[str]]:
         for file in (Path(parent, name) for name in names if name not in hidden):
             if file.suffix != ".txt":
                 left_out["not .txt"] += file.suffix != ".dvc"
-            elif file.is_symlink() and not file.exists():
+            elif file.is_symlink() and not file.exists() and not CACHED.search(os.path.realpath(file)):
                 left_out[f"dangling link {str(file)!r}"] += 1
             else:
                 _refuse_link(file)
+                if file.is_symlink() and not file.exists():
+                    raise UserError(f"{file} is not in DVC's cache: run `dvc checkout` or `dvc pull`")
                 if file.is_file():
                     found.append(file)
     return sorted(found), left_out

@@ -197,10 +197,12 @@ def lineage_tags(lineage: Lineage) -> dict[str, str]:
 def _final_metrics() -> dict[str, float]:
     """Return the metrics of the whole run: scores of the test split and the samples, and the size of the training."""
     evaluated, sampled, trained = (read_json(METRICS / f"{stage}.json") for stage in ("evaluate", "sample", "train"))
-    return {
+    found = {
         **{f"test/{name}": evaluated[name] for name in ("loss", "perplexity", "bits_per_byte")},
         **{f"sample/{name}": value for name, value in sampled.items() if name != "model"},
         **{f"train/{name}": trained[name] for name in ("tokens", "peak_memory_bytes")},
         "val/full_loss": trained["val_loss"],
+        "val/sliding_loss": evaluated["val_loss"],
         "model/parameters": trained["parameters"],
     }
+    return {name: value for name, value in found.items() if value is not None}  # as a perplexity beyond a float is
