@@ -14,8 +14,8 @@ from gpt2.core.errors import UserError
 from gpt2.core.paths import PARAMS
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.evaluation.scoring import score
-from gpt2.generation.decoder import Quantization
 from gpt2.generation.engine import Engine, GenerationSettings, Request
+from gpt2.generation.linear import Quantization
 from gpt2.generation.repl import BYTE_ORDER_MARK, TypedSettings, converse, inform, print_text
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model

@@ -26,8 +26,8 @@ from gpt2.core.cli import run_command
 from gpt2.core.files import read_json, write_json, write_text
 from gpt2.data import tokenizer
 from gpt2.data.batches import SeenMask
-from gpt2.generation.decoder import Quantization
 from gpt2.generation.engine import Engine
+from gpt2.generation.linear import Quantization
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, save_model
 
