@@ -14,9 +14,9 @@ from gpt2.core.errors import UserError
 from gpt2.core.paths import PARAMS
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.evaluation.scoring import score
-from gpt2.generation.decoder import Quantization
 from gpt2.generation.engine import Engine, GenerationSettings, Request
-from gpt2.generation.repl import TypedSettings, converse, inform, print_text
+from gpt2.generation.linear import Quantization
+from gpt2.generation.repl import BYTE_ORDER_MARK, TypedSettings, converse, inform, print_text
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model
 
@@ -80,18 +80,24 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
         raise UserError("--explain needs --score FILE")
     if arguments.score is not None and (arguments.prompt is not None or given.keys() - {"device"}):
         raise UserError("--score writes no text: it goes with --model, --device and --explain alone")
+    if sys.stdin is None and arguments.prompt is None and arguments.score in (None, "-"):
+        raise UserError("standard input is closed; give --prompt or --score FILE")
     return arguments, options
 
 
 def read_text(name: str) -> str:
-    """Return the text of a file, or of standard input if its name is "-". Raises UserError."""
+    """Return the text of a file, or of standard input if its name is "-", without a byte-order mark.
+
+    Raises UserError if it is empty or not UTF-8.
+    """
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    if not data:
-        raise UserError("the text to score is empty")
     try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise UserError("the text to score is not UTF-8") from None
+        text = data.decode().removeprefix(BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        raise UserError(f"the text to score is not UTF-8: byte 0x{data[error.start]:02x} at {error.start}") from None
+    if not text:
+        raise UserError("the text to score is empty")
+    return text
 
 
 def find_model(name: str) -> Path:

@@ -6,6 +6,7 @@ import re
 import readline
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,8 @@ from gpt2.core.cli import run_command
 from gpt2.core.files import read_json, write_json, write_text
 from gpt2.data import tokenizer
 from gpt2.data.batches import SeenMask
-from gpt2.generation.decoder import Quantization
 from gpt2.generation.engine import Engine
+from gpt2.generation.linear import Quantization
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, save_model
 
@@ -144,8 +145,8 @@ def test_a_model_of_another_vocabulary_is_refused(
 
 def test_session(run_infer: Infer) -> None:
     commands = [
+        "\ufeffset temperature 1.2",
         "help",
-        "set temperature 1.2",
         "set top_k none",
         "set max_tokens 2",
         "seed 3",
@@ -177,6 +178,20 @@ def test_prompts_that_resemble_commands(run_infer: Infer) -> None:
     assert code == 0 and "error" not in report
     for prompt in prompts:
         assert f"\n{prompt}" in f"\n{text}"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--score", "-"]])
+def test_closed_standard_input_is_one_line(model_folder: Path, arguments: list[str]) -> None:
+    closing = ["sh", "-c", '"$@" <&-', "sh", sys.executable, str(SRC / "infer.py"), "--model", str(model_folder)]
+    done = subprocess.run([*closing, *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: standard input is closed; give --prompt or --score FILE\n"
+
+
+def test_control_characters_are_shown_harmless(run_infer: Infer, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = "\x1b[2J\x07\x00\r\x7f\x9b\ta\n\xa0é"
+    monkeypatch.setattr(tokenizer.TextStream, "push", lambda *_: written)
+    assert run_infer("-p", "The", "-t", "1")[1] == "The" + "\\x1b[2J\\x07\\x00\\x0d\\x7f\\x9b\ta\n\xa0é\n"
 
 
 def test_a_session_that_is_not_utf8_ends_in_one_line(run_infer: Infer) -> None:
@@ -278,6 +293,7 @@ def test_score_is_the_plain_cross_entropy(
     assert float(words[2]) == pytest.approx(math.exp(loss), rel=1e-4)
     assert float(words[3]) == pytest.approx(loss * 3 / math.log(2) / 9, abs=1e-4)
     assert run_infer("--score", "-", stdin="The state")[1] == text
+    assert run_infer("--score", "-", stdin="\ufeffThe state")[1] == text
 
 
 def test_score_equals_that_of_the_stage(
@@ -320,7 +336,8 @@ def test_explain_shows_the_most_surprising_tokens(run_infer: Infer, tmp_path: Pa
     [
         (["--score", "absent"], b"", "[Errno 2] No such file or directory: 'absent'"),
         (["--score", "-"], b"", "the text to score is empty"),
-        (["--score", "-"], b"\xff", "the text to score is not UTF-8"),
+        (["--score", "-"], b"\xef\xbb\xbf", "the text to score is empty"),
+        (["--score", "-"], b"\xef\xbb\xbfab\xff", "the text to score is not UTF-8: byte 0xff at 5"),
         (["--explain"], b"", "--explain needs --score FILE"),
         (["--explain", "-p", "a"], b"", "--explain needs --score FILE"),
         (["--score", "-", "-p", "a"], b"a", WRITES_NO_TEXT),

@@ -138,7 +138,8 @@ def int8_cost() -> None:
     from torch.nn.functional import cross_entropy
 
     from gpt2.data.batches import load_tokens, validation_batches
-    from gpt2.generation.decoder import Decoder, Quantization
+    from gpt2.generation.decoder import Decoder
+    from gpt2.generation.linear import Quantization
     from gpt2.model.weights import load_model
 
     print_circumstances(os.cpu_count() or 1)

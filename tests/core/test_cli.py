@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.core.cli import run_command, stop_requests
+from gpt2.core.cli import Parser, run_command, stop_requests
 from gpt2.core.errors import Stopped, UserError
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -40,6 +40,35 @@ def test_mistake_of_the_user_or_refusal_of_the_system_is_one_line_and_2(
         run_command(raising(error))
     assert ended.value.code == 2
     assert capsys.readouterr() == ("", line)
+
+
+def test_debugging_shows_the_traceback_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT2_DEBUG", "1")
+    with pytest.raises(SystemExit):
+        run_command(raising(OSError(28, "No space left on device")))
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "Traceback (most recent call last):" and last == "error: [Errno 28] No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-tokens", "5"], "unrecognized arguments: --max-tokens 5 (did you mean --max_tokens?); see --help"),
+        (
+            ["--promt=a", "--max_token", "5", "-x"],
+            "unrecognized arguments: --promt=a --max_token 5 -x (did you mean --prompt --max_tokens?); see --help",
+        ),
+        (["--zzz"], "unrecognized arguments: --zzz; see --help"),
+        (["--prompt"], "argument -p/--prompt: expected one argument; see --help"),
+    ],
+)
+def test_an_unknown_option_is_told_the_nearest(arguments: list[str], message: str) -> None:
+    parser = Parser(allow_abbrev=False)
+    parser.add_argument("-p", "--prompt")
+    parser.add_argument("--max_tokens")
+    with pytest.raises(UserError) as caught:
+        parser.parse_args(arguments)
+    assert str(caught.value) == message
 
 
 def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from gpt2.generation.decoder import Decoder, _linear
+from gpt2.generation.decoder import Decoder
 from gpt2.model.gpt2 import GPT2Model
 
 MakeModel = Callable[..., GPT2Model]
@@ -55,19 +54,6 @@ def test_texts_fill_the_context(make_model: MakeModel) -> None:
     decoder.prefill({0: [3, 1, 4]})
     found = decoder.step([1], [3])
     torch.testing.assert_close(found, logits_of(model, [[3, 1, 4, 1]]), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("gelu", [None, "none", "tanh"])
-@pytest.mark.parametrize("rows", [1, 3, 70])
-def test_packed_weights_map_alike(has_bias: bool, gelu: str | None, rows: int) -> None:
-    torch.manual_seed(1)
-    weight, x, bias = torch.randn(5, 8), torch.randn(rows, 2, 8), torch.randn(5) if has_bias else None
-    expected = F.linear(x, weight, bias)
-    expected = expected if gelu is None else F.gelu(expected, approximate=gelu)
-    torch.testing.assert_close(_linear(weight, bias, "none", gelu)(x), expected, atol=2e-6, rtol=1e-5)
-    coarse = _linear(weight, bias, "int8", gelu)(x)
-    assert 0 < (coarse - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_int8_is_in_the_blocks_and_in_the_head(make_model: MakeModel) -> None:

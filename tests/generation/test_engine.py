@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gpt2.data.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, decode, encode
-from gpt2.generation.decoder import Quantization
 from gpt2.generation.engine import Engine, GenerationSettings, Request
+from gpt2.generation.linear import Quantization
 from gpt2.generation.sampling import draw
 from gpt2.model.gpt2 import GPT2Model
 

@@ -1,11 +1,7 @@
 """The model as MLflow loads it, without a registry or a server; the pipeline's tests ask a real server."""
 
-import gc
 import logging
-import time
-import weakref
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -19,11 +15,12 @@ from mlflow.pyfunc import PyFuncModel
 from gpt2.config import ModelConfig
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
+from gpt2.generation.shared_engine import SharedEngine
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, save_model
 from gpt2.tracking import serving
 from gpt2.tracking.registry import SIGNATURE
-from gpt2.tracking.serving import SharedEngine, TextGenerator, refuse_unknown_params
+from gpt2.tracking.serving import TextGenerator, refuse_unknown_params
 
 PROMPTS = pd.DataFrame({"prompt": ["The war", "One nation"]})
 
@@ -77,19 +74,6 @@ def test_predict_stream_yields_the_same_in_parts(served: PyFuncModel) -> None:
     assert "".join(map(str, parts)) == texts(served, max_tokens=6)[0]
 
 
-def test_a_text_that_is_not_read_on_is_not_written_on(weights: Path) -> None:
-    model, _, _ = load_model(weights)
-    text = Request("The war", GenerationSettings(max_tokens=2**31 - 1, seed=1))
-    engine = SharedEngine(Engine(model, MAX_SLOTS))
-    [parts] = engine.submit([text])
-    next(parts)
-    assert not text.finished
-    parts.close()
-    [other] = engine.submit([Request("One nation", GenerationSettings(max_tokens=2, seed=1))])
-    assert len(list(other)) == 2
-    assert text.finished
-
-
 def test_a_request_that_mlflow_has_given_up_is_not_written_on(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "REQUEST_SECONDS", 0.2)
     model, _, _ = load_model(weights)
@@ -99,36 +83,11 @@ def test_a_request_that_mlflow_has_given_up_is_not_written_on(weights: Path, mon
     monkeypatch.setattr(generator, "_requests", lambda *_: endless)
     with pytest.raises(Empty):
         generator.predict(None, PROMPTS)  # type: ignore[arg-type]
-    monkeypatch.setattr(serving, "REQUEST_SECONDS", 60.0)
     [other] = generator.engine.submit([Request("One nation", GenerationSettings(max_tokens=2, seed=1))])
     assert len(list(other)) == 2
     assert all(text.finished for text in endless)
     assert not any(text.generated for text in endless[MAX_SLOTS:])
     assert all(text.context_start is None for text in endless[MAX_SLOTS:])  # the model has not even read them
-
-
-def test_a_model_that_is_no_longer_used_is_freed(weights: Path) -> None:
-    model, _, _ = load_model(weights)
-    engine = SharedEngine(Engine(model, MAX_SLOTS))
-    for parts in engine.submit([Request("The war", GenerationSettings(max_tokens=2, seed=1))]):
-        assert len(list(parts)) == 2
-    freed = weakref.ref(model)
-    del model, engine, parts
-    deadline = time.monotonic() + 60
-    while freed():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-        gc.collect()
-
-
-def test_many_threads_get_each_their_own(served: PyFuncModel) -> None:
-    def ask(seed: int) -> str:
-        return texts(served, seed=seed, max_tokens=12)[0]
-
-    alone = [ask(seed) for seed in range(24)]
-    with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(ask, range(24))) == alone
-    assert len(set(alone)) > 20
 
 
 @pytest.mark.parametrize(
@@ -167,17 +126,3 @@ def test_a_prompt_that_is_none_is_the_clients_error(served: PyFuncModel, prompt:
     with pytest.raises(MlflowException, match=words) as caught:
         served.predict(pd.DataFrame({"prompt": ["The war", prompt]}))
     assert caught.value.get_http_status_code() == 400
-
-
-def test_what_breaks_a_text_reaches_its_reader_and_the_next_is_tried_anew(
-    served: PyFuncModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: Request, logits: object) -> Iterator[str]:
-        raise RuntimeError("broken on purpose")
-
-    before = texts(served)
-    with monkeypatch.context() as patch:
-        patch.setattr(Request, "add_token", fail)
-        with pytest.raises(RuntimeError, match="on purpose"):
-            texts(served)
-    assert texts(served) == before

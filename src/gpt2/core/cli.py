@@ -1,9 +1,12 @@
 """How every command ends: its exit code, and one line on standard error for a user's mistake."""
 
 import argparse
+import difflib
 import os
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -16,14 +19,19 @@ class Parser(argparse.ArgumentParser):
     """An argparse whose errors are the project's one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
+        """Raise UserError, with the nearest option for each one that is unknown."""
+        options = [name for action in self._actions for name in action.option_strings]
+        unknown = re.findall(r"(?<!\S)--[\w-]+", message.partition("unrecognized arguments: ")[2])
+        near = [option for name in unknown for option in difflib.get_close_matches(name, options, n=1)]
+        hint = f" (did you mean {' '.join(near)}?)" if near else ""
+        raise UserError(f"{message}{hint}; see --help")
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run main. Exit with 2 on a UserError or what the system refuses (a full disk, no memory), 130 on Ctrl-C.
 
     SIGTERM ends it with 143, and what main has opened is closed. If the reader of its output has left, e.g. `head`,
-    it ends silently with 141, as SIGPIPE would.
+    it ends silently with 141, as SIGPIPE would. With GPT2_DEBUG=1 in the environment, an error's traceback comes first.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
@@ -89,6 +97,8 @@ def _discard_output() -> None:
 
 
 def fail(message: object) -> int:
-    """Print an error as one line and return the exit code for it."""
+    """Print an error as one line and return the exit code for it. With GPT2_DEBUG=1 its traceback comes first."""
+    if os.environ.get("GPT2_DEBUG") == "1":
+        traceback.print_exc()
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     return 2

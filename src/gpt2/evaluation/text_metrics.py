@@ -34,7 +34,7 @@ def distinct(texts: Texts, n: int) -> float:
     divide by the number of tokens instead. It falls as texts grow: compare it at equal lengths.
     """
     grams = _all_ngrams(texts, n)
-    return _fraction(len(set(grams)), len(grams))
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def repetition(texts: Texts, n: int) -> float:
@@ -43,38 +43,29 @@ def repetition(texts: Texts, n: int) -> float:
     It is seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training". 0 if no text has any.
     """
     fractions = [1 - len(set(grams)) / len(grams) for text in texts if (grams := _ngrams(text, n))]
-    return _fraction(sum(fractions), len(fractions))
+    return sum(fractions) / len(fractions) if fractions else 0.0
 
 
 def copied(texts: Texts, corpus: Tokens, n: int, chunk: int = CHUNK) -> float:
     """Return the fraction of all the texts' n-grams that stand in the corpus (N,) verbatim; 0 if they have none.
 
-    The figure is exact. The corpus, which may be a memory map, is read once, `chunk` tokens at a time.
+    The figure is exact. The corpus, which may be a memory map, is read once, `chunk` tokens at a time. The last tokens
+    of an n-gram rule out nearly all places at array speed; at the others it is compared itself.
     """
     grams = _all_ngrams(texts, n)
-    found = _find(set(grams), corpus, n, chunk)
-    return _fraction(sum(gram in found for gram in grams), len(grams))
-
-
-def _find(sought: set[Ngram], corpus: Tokens, n: int, chunk: int) -> set[Ngram]:
-    """Return those of the n-grams that the corpus (N,) holds.
-
-    Their first and last tokens rule out nearly all places at array speed; at the others they are compared themselves.
-    """
-    found: set[Ngram] = set()
-    grams = np.array(list(sought), dtype=np.uint16).reshape(-1, n)
+    sought, found = set(grams), set[Ngram]()
+    endings = _endings(np.array(list(sought), dtype=np.uint16).reshape(-1, n))
     for start in range(0, len(corpus) - n + 1, chunk):
-        likely = sliding_window_view(np.asarray(corpus[start : start + chunk + n - 1]), n)  # (S, n)
-        for end in (slice(4), slice(-4, None)):
-            likely = likely[np.isin(_packed(likely[:, end]), _packed(grams[:, end]))]
+        places = sliding_window_view(np.asarray(corpus[start : start + chunk + n - 1]), n)  # (S, n)
+        likely = places[np.isin(_endings(places), endings)]
         found |= sought.intersection(map(tuple, likely.tolist()))
-    return found
+    return sum(gram in found for gram in grams) / len(grams) if grams else 0.0
 
 
-def _packed(grams: Tokens) -> NDArray[np.uint64]:
-    """Return n-grams of at most four tokens (G, n) as one number each (G,)."""
+def _endings(grams: Tokens) -> NDArray[np.uint64]:
+    """Return the last tokens of n-grams (G, n), at most four, as one number each (G,)."""
     numbers = np.zeros(len(grams), dtype=np.uint64)
-    for column in grams.T:
+    for column in grams.T[-4:]:
         numbers <<= np.uint64(16)
         numbers |= column
     return numbers
@@ -86,7 +77,3 @@ def _all_ngrams(texts: Texts, n: int) -> list[Ngram]:
 
 def _ngrams(text: Sequence[int], n: int) -> list[Ngram]:
     return [tuple(text[start : start + n]) for start in range(len(text) - n + 1)]
-
-
-def _fraction(count: float, whole: int) -> float:
-    return count / whole if whole else 0.0

@@ -1,30 +1,26 @@
 """The trained model arranged for generation: a batch of texts, to each of which a step adds a token.
 
-Generation is bound by reading the weights. Here query, key and value are one matrix, and weights are packed for the
-CPU or, on request, in int8. The logits are GPT2Model's, to rounding; int8 changes them a little.
+Query, key and value are one matrix, and all matrices are laid out for generation (linear.py). The logits are
+GPT2Model's, to rounding; int8 changes them a little.
 
 Shapes: B slots, R of them in use, T positions, C d_model, H heads, D head size, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.core.errors import UserError
 from gpt2.data.batches import SeenMask
 from gpt2.generation.cache import KeyValueCache
-from gpt2.generation.int8 import check_int8, int8_linear
-from gpt2.generation.packed import Linear, can_pack, packed_linear
+from gpt2.generation.linear import Quantization, check_int8, make_linear
 from gpt2.model.gpt2 import GPT2Model, TransformerBlock
 from gpt2.model.seen_tokens import SeenTokens
 from gpt2.training.cuda_graph import Function, capture
-
-Quantization = Literal["none", "int8"]
 
 
 class Decoder:
@@ -41,19 +37,14 @@ class Decoder:
         self.slots, self._model = slots, model
         self._device = model.output_projection.weight.device
         if quantization == "int8":
-            check_int8(self._device)
-            for name, parameter in model.named_parameters():
-                if not parameter.sum().isfinite():
-                    raise UserError(f"the model's weights are broken: {name} is not finite")
-        self._blocks = [
-            _Block(block, quantization) for block in model.transformer_blocks if isinstance(block, TransformerBlock)
-        ]
+            check_int8(model)
+        self._blocks = [_Block(cast(TransformerBlock, block), quantization) for block in model.transformer_blocks]
         weight = model.output_projection.weight.detach()
         all_seen = np.ones(len(weight), dtype=bool)
         self._seen_tokens = SeenTokens(torch.tensor(all_seen if seen is None else seen, device=self._device))
         if not self._seen_tokens.are_equal(weight):
             raise UserError("the model's seen_tokens.npy does not match its weights; the model works without that file")
-        self._output_projection = _linear(self._seen_tokens.rows(weight), None, quantization)
+        self._output_projection = make_linear(self._seen_tokens.rows(weight), None, quantization)
         n_heads = self._blocks[0].n_heads
         head_size = model.token_embedding.embedding_dim // n_heads
         shape = (len(self._blocks), 2, slots, n_heads, model.max_len, head_size)
@@ -120,25 +111,14 @@ class _Block:
         self.layer_norm1, self.layer_norm2 = block.layer_norm1, block.layer_norm2
         qkv = (attention.w_q, attention.w_k, attention.w_v)
         bias = None if attention.w_q.bias is None else torch.cat([projection.bias for projection in qkv])
-        self.w_qkv = _linear(torch.cat([projection.weight for projection in qkv]), bias, quantization)
-        self.w_o = _linear(attention.w_o.weight, attention.w_o.bias, quantization)
+        self.w_qkv = make_linear(torch.cat([projection.weight for projection in qkv]), bias, quantization)
+        self.w_o = make_linear(attention.w_o.weight, attention.w_o.bias, quantization)
         first, second = feed_forward.linear1, feed_forward.linear2
-        self.linear1 = _linear(first.weight, first.bias, quantization, feed_forward.approximation)
-        self.linear2 = _linear(second.weight, second.bias, quantization)
+        self.linear1 = make_linear(first.weight, first.bias, quantization, feed_forward.approximation)
+        self.linear2 = make_linear(second.weight, second.bias, quantization)
 
     def __call__(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
         """Map (R, T, C) to (R, T, C); attention maps (R, T, 3, H, D) to (R, H, T, D)."""
         heads = attention(self.w_qkv(self.layer_norm1(x)).unflatten(-1, (3, self.n_heads, -1)))
         x = x + self.w_o(heads.transpose(1, 2).flatten(2))
         return x + self.linear2(self.linear1(self.layer_norm2(x)))
-
-
-def _linear(weight: Tensor, bias: Tensor | None, quantization: Quantization, gelu: str | None = None) -> Linear:
-    """Return a function of x (..., in): x @ weight (out, in).T + bias (out,), and a GELU if `gelu` names one."""
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if quantization == "none" and can_pack(weight.device):
-        return packed_linear(weight, bias, gelu)
-    linear: Linear = partial(F.linear, weight=weight, bias=bias)
-    if quantization == "int8":
-        linear = int8_linear(weight, bias)
-    return linear if gelu is None else lambda x: F.gelu(linear(x), approximate=gelu)

@@ -18,7 +18,8 @@ from gpt2.config import Count, Float, Natural, SamplingParams
 from gpt2.core.errors import UserError
 from gpt2.data import tokenizer
 from gpt2.data.batches import SeenMask
-from gpt2.generation.decoder import Decoder, Quantization
+from gpt2.generation.decoder import Decoder
+from gpt2.generation.linear import Quantization
 from gpt2.generation.sampling import draw
 from gpt2.model.gpt2 import GPT2Model
 

@@ -30,6 +30,8 @@ A line that begins with / is always a command, like /help; a line that begins wi
 NAMES = "|".join(GenerationSettings.model_fields)
 COMMAND = re.compile(rf"help|settings|reset|quit|exit|seed\s+(-?\d+|none)|set\s+({NAMES})\s+\S.*")
 HISTORY_LINES = 1000
+BYTE_ORDER_MARK = "\ufeff"  # some editors put it before a text
+ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class TypedSettings(GenerationSettings, strict=False):
@@ -53,7 +55,7 @@ def converse(engine: Engine, settings: GenerationSettings) -> None:
         edit_lines()
     while True:
         try:
-            line = input("> " if on_terminal else "")
+            line = input("> " if on_terminal else "").removeprefix(BYTE_ORDER_MARK)
             match find_command(line):
                 case []:
                     if prompt := line.strip():
@@ -116,14 +118,17 @@ def edit_lines() -> None:
 
 
 def print_text(engine: Engine, request: Request) -> None:
-    """Print the prompt and, token by token, what follows it; then the seed, time and speed on standard error."""
+    """Print the prompt and, token by token, what follows it; then the seed, time and speed on standard error.
+
+    Control characters that the model writes are shown as \\x1b and the like, since a terminal would obey them.
+    """
     if (cut := len(request.tokens) - engine.max_len) > 0:
         inform(f"the prompt has {len(request.tokens)} tokens; the first {cut} are cut, beyond its context")
     started = time.perf_counter()
     print(request.prompt, end="", flush=True)
     try:
         for _, part in engine.generate(deque([request])):
-            print(part, end="", flush=True)
+            print(part.translate(ESCAPES), end="", flush=True)
     finally:
         print(flush=True)
     seconds, count = time.perf_counter() - started, request.generated

@@ -49,8 +49,9 @@ def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator, te
     if setting.repetition_penalty != 1:
         logits = penalize(logits, torch.tensor(text), setting.repetition_penalty)
     tokens = None
-    if count := _top_k(setting):
-        logits, tokens = logits.topk(min(count, len(logits)))
+    top_k = 1 if setting.temperature < GREEDY_BELOW else setting.top_k
+    if top_k:
+        logits, tokens = logits.topk(min(top_k, len(logits)))
     largest = logits.max()
     if not largest.isfinite():
         raise UserError(f"the model's weights are broken: a logit is {largest.item()}")
@@ -64,7 +65,3 @@ def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator, te
     sums = logits.double().exp().cumsum(-1)
     chosen = torch.searchsorted(sums, sums[-1] * (1 - torch.rand((), dtype=torch.double, generator=generator)))
     return int(chosen if tokens is None else tokens[chosen])
-
-
-def _top_k(setting: SamplingParams) -> int | None:
-    return 1 if setting.temperature < GREEDY_BELOW else setting.top_k

@@ -22,6 +22,7 @@ from gpt2.core.paths import LINEAGE, MODEL, PARAMS, TOKENS, main_root
 from gpt2.generation.engine import GenerationSettings
 from gpt2.model.weights import WEIGHTS, load_model, read_config
 from gpt2.tracking.runs import MODEL_SHA256
+from gpt2.tracking.serving import NULLS
 from gpt2.tracking.store import STORE_ERRORS, read_store, store_lock, withdraw_receipt
 
 TEST_LOSS = "gpt2.test_loss"
@@ -42,8 +43,7 @@ PACKAGES = (
     "torch",
 )
 NOT_THERE = tuple(map(ErrorCode.Name, (RESOURCE_DOES_NOT_EXIST, INVALID_PARAMETER_VALUE)))
-NULLS = {"top_k": 0, "top_p": 0.0, "min_p": 0.0, "stop": "", "seed": 0}  # a schema has no null
-DEFAULTS = NULLS | GenerationSettings().model_dump(exclude_none=True)
+DEFAULTS = NULLS | {"seed": 0} | GenerationSettings().model_dump(exclude_none=True)
 TYPES = {float: DataType.double, int: DataType.long, str: DataType.string}
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt")]),
