@@ -86,7 +86,7 @@ def test_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, mo
     assert (path / "file").read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(("renamed", "left"), [("it", "old"), (PARTIAL, "new")])
+@pytest.mark.parametrize(("renamed", "left"), [("it", "old"), (PARTIAL, "new")], ids=["old", "new"])
 def test_folder_is_whole_if_ctrl_c_comes_as_it_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: str, left: str
 ) -> None:
