@@ -50,7 +50,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     for old in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
         pid = old.name.removeprefix(f"{path.name}.").split(".")[0]
         if old == partial or (pid.isdecimal() and not psutil.pid_exists(int(pid))):  # of a process that was killed
-            delete(old)
+            with suppress(OSError):  # another process may delete it too
+                delete(old)
     try:
         yield partial
         publish(partial, path)

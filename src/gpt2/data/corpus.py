@@ -145,7 +145,7 @@ def _read_path(source: str, root: Path) -> tuple[list[Document], Counter[str]]:
         sections = itertools.pairwise(_sections(file, size))
         return [Document(f"{file.name}[{a}:{b}]", partial(_read, file, a, b)) for a, b in sections], left_out
     return [
-        Document(file.relative_to(path).as_posix(), partial(_read, file, 0, size), SPLIT_FILES.get(file.name))
+        Document(file.relative_to(path).as_posix(), partial(_read, file, 0, size), SPLIT_FILES.get(file.name.lower()))
         for file, size in sizes.items()
     ], left_out
 
