@@ -81,36 +81,25 @@ def test_the_seed_that_was_drawn_is_told_and_repeats_the_text(run_infer: Infer) 
     assert seed and run_infer("-p", "The state", "-t", "5", "--seed", seed[1])[1] == text
 
 
-def test_configuration_time_and_speed_are_reported(run_infer: Infer) -> None:
-    _, _, report = run_infer("-p", "The state", "-t", "3", "--seed", "1")
-    assert "d_model 16, n_layers 2, n_heads 2, d_ff 32, max_len 12" in report
-    assert re.search(r"3 tokens in [\d.]+ s, [\d.]+ tokens/s", report)
-
-
-def test_a_prompt_beyond_the_context_is_cut_and_said(run_infer: Infer) -> None:
+def test_configuration_cut_prompt_time_and_speed_are_reported(run_infer: Infer) -> None:
     code, text, report = run_infer("-p", "one two " * 10, "-t", "2", "--seed", "1")
-    assert code == 0 and text.startswith("one two")
-    assert re.search(r"the prompt has 21 tokens; the first 9 ", report)
+    assert code == 0 and text.startswith("one two " * 10)
+    assert "d_model 16, n_layers 2, n_heads 2, d_ff 32, max_len 12" in report
+    assert "the prompt has 21 tokens; the first 9 are cut" in report
+    assert re.search(r"2 tokens in [\d.]+ s, [\d.]+ tokens/s", report)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["-p", ""], "the prompt is empty"),
-        (["-p", " \n"], "the prompt is empty"),
-        (["-p", "a\udc80"], "the prompt is not UTF-8 text"),
-        (["-p", "a", "--device", "tpu"], "device should be auto, cpu, mps, cuda or cuda:N ('tpu')"),
         (["-p", "a", "--temperature", "-1", "--device", "tpu"], "temperature should be greater than or equal to 0"),
         (["-p", "a", "--temperature", "-1", "--device", "tpu"], "device should be auto, cpu, mps, cuda or cuda:N"),
         (["-p", "a", "--temperature", "hot", "--top_k", "many"], "temperature should be a valid number"),
         (["-p", "a", "--temperature", "hot", "--top_k", "many"], "top_k should be a valid integer"),
-        (["-p", "a", "--top_p", "1.5"], "top_p should be"),
-        (["-p", "a", "--seed", "!!bool maybe"], "seed should be"),
-        (["-p", "a", "--seed", "!!timestamp noon"], "seed should be"),
         (["-p", "a", "--seed", "[" * 5000], "seed should be"),
-        (["-p", "a", "--max_tokens", "0"], "max_tokens should be"),
         (["-p", "a", "--quantize", "int4"], "quantize should be 'none' or 'int8'"),
-        (["-p", "a", "--tempereture", "1"], "--tempereture"),
+        (["-p", "a", "--max-tokens", "1"], "unrecognized arguments: --max-tokens 1 (did you mean --max_tokens?)"),
         (["-p", "a", "--model", "absent"], "absent does not exist"),
     ],
 )
@@ -170,14 +159,6 @@ def test_session_continues_after_mistakes(run_infer: Infer) -> None:
     code, text, report = run_infer(stdin="\n".join([*mistakes, "set max_tokens 1", "The war"]))
     assert code == 0 and text.startswith("The war")
     assert report.count("error: ") == len(mistakes)
-
-
-def test_prompts_that_resemble_commands(run_infer: Infer) -> None:
-    prompts = ["set the table", "seed capital", "Quite", "Text", "Help me"]
-    code, text, report = run_infer("-t", "1", "--stop", "<", stdin="\n".join(prompts))
-    assert code == 0 and "error" not in report
-    for prompt in prompts:
-        assert f"\n{prompt}" in f"\n{text}"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--score", "-"]])

@@ -62,7 +62,7 @@ def test_a_text_is_what_the_whole_model_would_write(model: GPT2Model, prompt: st
     assert text.tokens == encode(prompt) + expected and text.generated == text.settings.max_tokens and text.finished
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 16])
+@pytest.mark.parametrize("rows", [1, 4, 16])
 def test_texts_side_by_side_are_those_written_alone(model: GPT2Model, rows: int) -> None:
     texts = [text_of(prompt, **settings) for prompt, settings in VARIOUS * 2]
     for _ in Engine(model, rows).generate(deque(texts)):
@@ -137,7 +137,7 @@ def test_a_text_ends_before_its_stop_string(model: GPT2Model) -> None:
     assert text.finished and text.generated < 20
 
 
-@pytest.mark.parametrize(("prompt", "words"), [("", "is empty"), (" \n", "is empty"), ("\ud800", "not UTF-8 text")])
+@pytest.mark.parametrize(("prompt", "words"), [(" \n", "is empty"), ("a\udc80", "not UTF-8 text")])
 def test_prompts_that_cannot_be_continued_are_refused(error_line: ErrorLine, prompt: str, words: str) -> None:
     assert words in error_line(lambda: text_of(prompt))
 

@@ -18,17 +18,10 @@ ErrorLine = Callable[[Callable[[], object]], str]
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("help", ["help"]),
         ("quit ", ["quit"]),
-        ("exit", ["exit"]),
-        ("settings", ["settings"]),
-        ("reset", ["reset"]),
-        ("set temperature 1.2", ["set", "temperature", "1.2"]),
         ("set temperature hot", ["set", "temperature", "hot"]),
         ("set stop the  end ", ["set", "stop", "the  end"]),
-        ("set top_k 1 2", ["set", "top_k", "1 2"]),
-        ("seed  7", ["seed", "7"]),
-        ("seed -1", ["seed", "-1"]),
+        ("seed  -1", ["seed", "-1"]),
         ("seed none", ["seed", "none"]),
     ],
 )
@@ -37,42 +30,13 @@ def test_commands(line: str, words: list[str], slash: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line",
-    [
-        "",
-        "   ",
-        "The war",
-        "help me",
-        "Help",
-        "Help me",
-        "hepl",
-        "Quite",
-        "quit your job",
-        "exit, pursued by a bear",
-        "Text",
-        "settings of the sun",
-        "reset it",
-        "set",
-        "set top_k",
-        "set the table",
-        "set colour red",
-        "set temperture 1",
-        "set top_kk 1",
-        "Set temperature 1",
-        "seed",
-        "seed capital",
-        "seed 7 more",
-        " help",
-        " /help",
-        " set temperature 1",
-        "\tseed 7",
-    ],
+    "line", ["", "Help", "quit your job", "set", "set top_k", "set the table", "set top_kk 1", "seed capital", " /help"]
 )
 def test_prompts(line: str) -> None:
     assert find_command(line) == []
 
 
-@pytest.mark.parametrize("line", ["/", "/hepl", "/ help", "//help", "/help me", "/set colour red", "/seed capital"])
+@pytest.mark.parametrize("line", ["/", "/ help", "//help", "/help me", "/set colour red"])
 def test_a_slash_begins_a_command(line: str, error_line: ErrorLine) -> None:
     assert error_line(lambda: find_command(line)).startswith(f"error: {line} is no command; /help lists them")
 
@@ -80,19 +44,14 @@ def test_a_slash_begins_a_command(line: str, error_line: ErrorLine) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
-        ("stop", "\n", "\n"),
-        ("stop", "#", "#"),
         ("stop", " the", " the"),
         ("stop", "5", "5"),
-        ("stop", "Q: no", "Q: no"),
         ("stop", r'"\n\n"', "\n\n"),
         ("stop", "'none'", "none"),
         ("stop", '"open', '"open'),
         ("stop", "none", None),
-        ("seed", "010", 10),
         ("seed", "None", None),
         ("max_tokens", "0100", 100),
-        ("temperature", "1e-1", 0.1),
         ("temperature", "2", 2.0),
     ],
 )
@@ -103,17 +62,7 @@ def test_a_settings_text_is_what_it_says(name: str, text: str, value: Any) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("seed", "1:30"),
-        ("top_k", "1e2"),
-        ("top_k", "off"),
-        ("temperature", "nan"),
-        ("temperature", "none"),
-        ("stop", "''"),
-        ("stop", "'a', 'b'"),
-        ("tempo", "1"),
-    ],
+    ("name", "text"), [("seed", "1:30"), ("top_k", "1e2"), ("temperature", "nan"), ("stop", "''"), ("tempo", "1")]
 )
 def test_other_texts_are_refused(name: str, text: str, error_line: ErrorLine) -> None:
     assert error_line(lambda: change(GenerationSettings(), name, text)).startswith(f"error: settings: {name} ")

@@ -104,13 +104,11 @@ def change(settings: GenerationSettings, name: str, text: str) -> GenerationSett
 
 def edit_lines() -> None:
     """Let input() edit lines and recall earlier ones, also those of former sessions."""
-    try:
-        import readline  # from here on it serves input()
-    except ImportError:  # Python was built without it
-        return
     path = main_root() / ".cache" / "infer_history"
-    readline.set_history_length(HISTORY_LINES)
-    with suppress(OSError):  # the folder may be read-only
+    with suppress(ImportError, OSError):  # Python may lack readline, and the folder may be read-only
+        import readline  # from here on it serves input()
+
+        readline.set_history_length(HISTORY_LINES)
         path.parent.mkdir(exist_ok=True)
         path.touch()
         atexit.register(readline.write_history_file, path)
