@@ -6,7 +6,7 @@ from gpt2.core.environment import MLFLOW_DEFAULTS, OPENMP_DEFAULTS
 
 os.environ.update(MLFLOW_DEFAULTS | OPENMP_DEFAULTS | os.environ)
 
-from gpt2.config import ModelConfig, Params, load_params
+from gpt2.config import ModelConfig, load_params
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import choose_device, use_threads
 from gpt2.core.files import file_lock, read_json, write_json
@@ -29,21 +29,17 @@ def main() -> None:
             Checkpoints(folder).remove()
         return
     params = load_params(PARAMS)
-    # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
-    with file_lock(CHECKOUT_LOCK, "another training writes to this checkout"):
-        train(params)
-
-
-def train(params: Params) -> None:
     threads = use_threads(params.runtime.threads)
+    lineage = collect_lineage(params, threads)  # of the code as it is imported, not as it may be edited meanwhile
     config = ModelConfig(**params.model.model_dump(), vocab_size=read_json(TOKENS / "meta.json")["vocab_size"])
     model = build_model(config, params.train, choose_device(params.runtime.device))
     print(f"{model.count_parameters():,} parameters", flush=True)
     train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
     seen = load_seen(TOKENS / SEEN_TOKENS, config.vocab_size)
-    lineage = collect_lineage(params, threads)
     checkpoints = Checkpoints(checkpoint_folder(lineage["train_key"]))
-    with checkpoints.locked():
+
+    # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
+    with file_lock(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
         lineage = first_lineage(lineage)
         for line in describe_saved_trainings(lineage):
             print(f"{line}; `python src/train.py --remove-checkpoints` deletes them", flush=True)

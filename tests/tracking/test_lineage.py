@@ -120,6 +120,8 @@ def test_a_resumed_training_keeps_the_lineage_of_its_first_start_and_others_tell
     other = collect_lineage(params(learning_rate=0.1), threads=1)
     (line,) = describe_saved_trainings(other)
     assert line == f"{folder} keeps 3 MB of another training's checkpoints (train.learning_rate 0.002, not 0.1)"
+    other["files"]["src/train.py"] = "edited"
+    assert describe_saved_trainings(other)[0].endswith("(train.learning_rate 0.002, not 0.1; another src/train.py)")
     with Checkpoints(folder).locked():
         assert describe_saved_trainings(other) == []
 

@@ -18,7 +18,6 @@ from gpt2.core.paths import ROOT, TOKENS, main_root
 from gpt2.training.checkpoints import Checkpoints
 
 UNCOMMITTED = ("src", "dvc.yaml", "params.yaml", "requirements.txt")  # what a diff to the commit is of
-INPUTS = ("model", "train", "runtime", "torch", "files")  # of a training: its weights depend on nothing else
 Lineage = dict[str, Any]
 
 
@@ -61,10 +60,12 @@ def describe_saved_trainings(lineage: Lineage) -> list[str]:
     lines = []
     for file in sorted(checkpoint_folder("").glob("*/lineage.json")):
         if file.parent.name != lineage["train_key"] and not Checkpoints(file.parent).are_used():
+            other, present = read_json(file), {name: lineage[name] for name in ("model", "train", "runtime", "torch")}
+            files = [
+                f"another {name}" for name, sha256 in lineage["files"].items() if other["files"].get(name) != sha256
+            ]
             megabytes = sum(one.stat().st_size for one in file.parent.iterdir()) / 1e6
-            changes = "; ".join(
-                differences(*({name: one[name] for name in INPUTS} for one in (read_json(file), lineage)))
-            )
+            changes = "; ".join(differences(other, present) + files) or "with other files"
             lines.append(f"{file.parent} keeps {megabytes:,.0f} MB of another training's checkpoints ({changes})")
     return lines
 
