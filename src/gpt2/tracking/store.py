@@ -106,7 +106,7 @@ def repair() -> str:
     try:
         with store_lock():
             count = mend_paths(database, database.parent)
-    except STORE_ERRORS as error:
+    except (*STORE_ERRORS, OSError) as error:
         raise UserError(f"{database} cannot be repaired ({error})") from None
     return f"mended {count} paths in {database}" if count else f"nothing to repair: the paths in {database} are right"
 
