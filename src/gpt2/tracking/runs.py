@@ -11,17 +11,17 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import Metric, Run
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 
-from gpt2.config import Params
+from gpt2.config import Params, SamplingParams
 from gpt2.core.errors import UserError
 from gpt2.core.files import read_json, sha256_of
-from gpt2.core.paths import LINEAGE, METRICS, PARAMS, PLOTS, RECEIPT, SAMPLES, TOKENS, experiment_name
-from gpt2.tracking.lineage import Lineage, flatten, hash_of, run_key
+from gpt2.core.paths import LINEAGE, METRICS, PARAMS, PLOTS, RECEIPT, REPORT, SAMPLES, TOKENS, experiment_name
+from gpt2.tracking.datasets import split_datasets
+from gpt2.tracking.lineage import Lineage, changes_since_commit, flatten, hash_of, run_key
 from gpt2.tracking.store import STORE_ERRORS, open_store
-from gpt2.training.history import LogMetrics, read_curves
+from gpt2.training.history import CURVES, LogMetrics, read_curves
 
 FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
 BATCH_LIMIT = 1000  # points in one call, MLflow's own limit
@@ -72,7 +72,7 @@ def training_run(params: Params, lineage: Lineage) -> Iterator[LogMetrics]:
     """Open the run that a training logs to, or resume one that register never completed; yield the function that logs.
 
     The run is incomplete until register has been run, so register's receipt is withdrawn. A store that fails stops the
-    logging, not the training: register completes the run from the files.
+    logging, not the training: register completes the run from the files. What is no curve is left to register.
     """
     RECEIPT.unlink(missing_ok=True)
     tracker: Tracker | None = None
@@ -89,7 +89,8 @@ def training_run(params: Params, lineage: Lineage) -> Iterator[LogMetrics]:
 
     def log_metrics(step: int, metrics: dict[str, float]) -> None:
         if tracker:
-            attempt(partial(tracker.log_metrics, step, metrics))
+            curves = {name: value for name, value in metrics.items() if name in CURVES}
+            attempt(partial(tracker.log_metrics, step, curves))
 
     tracker = attempt(lambda: Tracker(run.enter_context(_open_run(params, lineage))))
     try:
@@ -108,10 +109,11 @@ def mirror_run(params: Params, lineage: Lineage, model_sha256: str) -> Iterator[
     Raises UserError or OSError if a file is missing, UserError if one is broken or the store fails.
     """
     try:
-        metrics, curves, documents = _final_metrics(), read_curves(PLOTS), pd.read_csv(TOKENS / "documents.csv")
+        metrics, curves = _final_metrics(), read_curves(PLOTS)
+        parameters = json.dumps(read_json(METRICS / "train.json")["parameters"])
         blank = {name: [""] for name in ("top_k", "top_p", "min_p")}
-        samples = pd.read_csv(SAMPLES / "samples.csv", keep_default_na=False, na_values=blank)
-        corpus = read_json(TOKENS / "meta.json")["splits"]["train"]["sha256"][:32]
+        samples = _readable(pd.read_csv(SAMPLES / "samples.csv", keep_default_na=False, na_values=blank))
+        datasets = split_datasets(params.prepare.source)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the results cannot be read ({error}); run `dvc repro`") from None
     tables = (METRICS / "evaluate.json", METRICS / "sample.json", SAMPLES / "samples.csv", TOKENS / "meta.json")
@@ -122,18 +124,19 @@ def mirror_run(params: Params, lineage: Lineage, model_sha256: str) -> Iterator[
             for name, points in curves.items():
                 for step, value in points:
                     tracker.log_metrics(step, {name: value})
-            tracker.log_metrics(params.train.max_steps, metrics)
+            # At one step that all runs share, MLflow draws a bar for each run.
+            tracker.log_metrics(0, {name: value for name, value in metrics.items() if name not in run.data.metrics})
             tracker.flush()
+            mlflow.log_param("model.parameters", parameters)
             mlflow.set_tags({MODEL_SHA256: model_sha256, RESULTS_KEY: results})
             mlflow.log_artifact(str(PARAMS), "config")
-            for folder in (METRICS, PLOTS, SAMPLES):
-                mlflow.log_artifacts(str(folder), folder.name)
+            for folder in (METRICS, PLOTS, SAMPLES, REPORT):
+                if folder.exists():
+                    mlflow.log_artifacts(str(folder), folder.name)
             logged = mlflow.artifacts.list_artifacts(run_id=run.info.run_id, artifact_path="samples") or []
             if SAMPLES_TABLE not in {file.path for file in logged}:  # log_table would append to it
                 mlflow.log_table(samples, SAMPLES_TABLE)
-            if not (run.inputs and run.inputs.dataset_inputs):
-                dataset = from_pandas(documents, name=params.prepare.source, digest=corpus)
-                mlflow.log_input(dataset, context="training")
+            mlflow.log_inputs(list(datasets.values()), list(datasets), [None] * len(datasets))  # those it has stay
             yield run
     except STORE_ERRORS as error:
         raise UserError(f"MLflow's store fails ({error}); run `dvc repro` again when it is back") from None
@@ -150,6 +153,8 @@ def _open_run(params: Params, lineage: Lineage, results: str | None = None) -> I
     name = experiment_name()
     tags = lineage_tags(lineage) | {RUN_KEY: run_key(params, lineage["train_key"])}
     tags[MLFLOW_RUN_NAME] = name or f"repro-{tags[RUN_KEY][:8]}"
+    if changes := changes_since_commit(params, lineage):
+        tags[MLFLOW_RUN_NOTE] = changes
     if name:
         tags[EXPERIMENT_NAME] = name
 
@@ -203,6 +208,22 @@ def _final_metrics() -> dict[str, float]:
         **{f"train/{name}": trained[name] for name in ("tokens", "peak_memory_bytes")},
         "val/full_loss": trained["val_loss"],
         "val/sliding_loss": evaluated["val_loss"],
-        "model/parameters": trained["parameters"],
     }
     return {name: value for name, value in found.items() if value is not None}  # as a perplexity beyond a float is
+
+
+def _readable(samples: pd.DataFrame) -> pd.DataFrame:
+    """Put what MLflow's comparison of runs shows first: the texts, by prompt and settings."""
+    settings = samples[[name for name in SamplingParams.model_fields if name in samples]]
+    labels = [
+        f"{prompt} [{', '.join(f'{name} {value:g}' for name, value in row.items() if _is_set(name, value))}]"
+        for prompt, row in zip(samples["prompt"], settings.to_dict("records"), strict=True)
+    ]
+    others = samples.drop(columns=["text"])
+    others.insert(0, "prompt [settings]", labels)
+    others.insert(1, "text", samples["text"])
+    return others
+
+
+def _is_set(name: Any, value: float) -> bool:
+    return pd.notna(value) and (name, value) != ("repetition_penalty", 1)

@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE as NOTE
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -26,6 +28,15 @@ from gpt2.core.paths import RECEIPT, ROOT, main_root
 
 EXPERIMENT = "gpt2"
 ARTIFACTS = "mlartifacts"
+ABOUT = """\
+A run for each training of the pipeline, and its results.
+
+- **Charts** compare the runs: losses as curves, results of the whole run, such as `test/perplexity`, as bars.
+- **Columns** of the table: `model.*` and `train.*` are the parameters; a run's description says what it changed.
+- **Compare** shows the parameters of two runs side by side, **Artifact view** (`samples/samples.json`) their texts.
+- **Artifacts** of a run: parameters and lineage in `config`, figures in `report`, texts in `samples`.
+- **Models**: the registered model of this name has a version for each set of weights; the best one is the champion.
+"""
 PATH_COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -63,10 +74,25 @@ def open_store() -> str:
         if experiment is None:
             withdraw_receipt()  # it is of another store
             location = (database.parent / ARTIFACTS).as_uri() if database else None
-            return client.create_experiment(EXPERIMENT, artifact_location=location)
+            return client.create_experiment(EXPERIMENT, artifact_location=location, tags={NOTE: ABOUT})
+        if NOTE not in experiment.tags:
+            client.set_experiment_tag(experiment.experiment_id, NOTE, ABOUT)
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
         return experiment.experiment_id
+
+
+def charts_address(experiment_id: str) -> str:
+    """Return where a browser shows the charts of the experiment's runs, and the command that serves it."""
+    uri, database = _locate()
+    page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    server = urlsplit(uri)
+    if server.scheme in ("http", "https"):
+        shown = server._replace(netloc=server.netloc.rpartition("@")[2])  # without a password
+        return f"{shown.geturl().rstrip('/')}/{page}"
+    is_default = database == main_root() / "mlflow.db"
+    command = "mlflow ui" if is_default else 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
+    return f"`{command}`, then http://127.0.0.1:5000/{page}"
 
 
 def withdraw_receipt() -> None:

