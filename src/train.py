@@ -50,9 +50,9 @@ def main() -> None:
         digest = save_model(model, config, MODEL, params.train, seen if params.train.fused else None)
         write_json(LINEAGE, lineage)
         write_curves(history, PLOTS)
-        write_json(METRICS / "train.json", metrics | {"threads": threads})
+        write_json(METRICS / "train.json", metrics)
     # The checkpoints stay until register has run: DVC may be killed before it has taken note of these results.
-    print(f"val loss {metrics['val_loss']:.4f}, perplexity {metrics['val_perplexity']:.2f}; weights {digest[:12]}")
+    print(f"val loss {metrics['val_loss']:.4f}; weights {digest[:12]}")
 
 
 if __name__ == "__main__":

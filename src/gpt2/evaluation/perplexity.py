@@ -5,7 +5,7 @@ Shapes: B batch, T positions, S scored positions, R rows of logits, N tokens, V 
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -53,11 +53,17 @@ def predictions(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) 
                 yield model.output_projection(rows).float(), predicted
 
 
-def mean_loss(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) -> float:
-    """Return the mean loss of tokens (N,) in nats. Raises UserError if it is not finite; see also `predictions`."""
+def mean_loss(
+    model: GPT2Model, tokens: Tokens, stride: int, batch_size: int, advance: Callable[[int], object] = lambda _: None
+) -> float:
+    """Return the mean loss of tokens (N,) in nats; call advance(count) after so many tokens each time.
+
+    Raises UserError if the loss is not finite; see also `predictions`.
+    """
     total = 0.0
     for logits, targets in predictions(model, tokens, stride, batch_size):
         total += F.cross_entropy(logits, targets, reduction="none").double().sum().item()
+        advance(len(targets))
     return check_finite(total / len(tokens))
 
 

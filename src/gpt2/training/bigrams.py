@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2.core.progress import track
 from gpt2.data.batches import Tokens
 from gpt2.model.gpt2 import GPT2Model, TransformerBlock
 
@@ -126,7 +127,7 @@ def _fit(bigrams: Bigrams, before: Tensor, after: Tensor) -> tuple[Tensor, Tenso
     before, after, bias = (x.clone().requires_grad_() for x in (before, after, bigrams.continuation.log()))
     groups = [{"params": [before, bias], "rate": BEFORE_RATE}, {"params": [after], "rate": AFTER_RATE}]
     optimizer = torch.optim.Adam(groups, fused=True)
-    for step in range(FIT_STEPS):
+    for step in track(range(FIT_STEPS), "fit bigrams"):
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * min(1, (step + 1) / WARMUP_STEPS) * (1 - step / FIT_STEPS)
         tokens = torch.multinomial(bigrams.counts, min(FIT_TOKENS, len(bigrams.counts)))  # (S,)
@@ -181,7 +182,7 @@ def _add_newton_step(block: TransformerBlock, text: Tensor, embedding: Tensor, b
 def _expected_rows(hidden_states: Tensor, rows: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean output row (M, C) after each token, and the rows' covariance (C, C) about it over a text."""
     expected, drawn = torch.empty_like(hidden_states), torch.zeros_like(frequencies)
-    for chunk in torch.arange(len(hidden_states)).split(FIT_TOKENS):
+    for chunk in track(torch.arange(len(hidden_states)).split(FIT_TOKENS), "expected rows"):
         probabilities = (hidden_states[chunk] @ rows.T).softmax(-1)  # (S, M)
         expected[chunk] = probabilities @ rows
         drawn += frequencies[chunk] @ probabilities
@@ -197,7 +198,7 @@ def _moments(text: Tensor, embedding: Tensor, expected: Tensor, rows: Tensor, he
         tokens, earlier, counts = _count_pairs(text, text.roll(back), len(embedding))  # the end before the beginning
         return _sparse(tokens, earlier, (counts / len(text)).to(embedding), len(embedding)) @ embedding
 
-    means = [seen(back) for back in range(heads + 2)]
+    means = [seen(back) for back in track(range(heads + 2), "mean embeddings")]
     gradient = [rows.T @ means[head + 2] - expected.T @ means[head + 1] for head in range(heads)]
     lags = [embedding.T @ means[lag] for lag in range(heads)]  # (C, C) of a token and one `lag` before it
     covariance = [[lags[k - h] if k >= h else lags[h - k].T for k in range(heads)] for h in range(heads)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gpt2.config import TrainParams
 from gpt2.core.device import autocast, choose_micro_batch_size
 from gpt2.core.errors import Stopped
+from gpt2.core.progress import Progress
 from gpt2.data.batches import Purpose, Tokens, TrainingBatches, seed_torch, validation_batches
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.training.checkpoints import Checkpoints
@@ -41,6 +42,7 @@ class Trainer:
         self.batches = TrainingBatches(train_tokens, params.batch_size, params.sequence_length, params.seed)
         self.val_batches = partial(validation_batches, val_tokens, self.micro_batch_size, params.sequence_length)
         self.val_batches()  # raises now, not at the first validation
+        self.val_windows = (len(val_tokens) - 1) // params.sequence_length
         self.optimizers = build_optimizers(model, params, precision)
         self.gradients: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = self.compute_gradients  # or a CUDA graph of it
 
@@ -69,10 +71,12 @@ class Trainer:
         """Return the mean loss, without dropout, of the validation split or of `max_windows` of its windows."""
         self.model.eval()
         total, count = torch.zeros((), dtype=torch.float64), 0
-        for x, y in self.val_batches(max_windows):
-            with autocast(self.device, self.precision):
-                total += self.model(x.to(self.device), y.to(self.device)).cpu().double() * y.numel()
-            count += y.numel()
+        with Progress("validate", min(self.val_windows, max_windows or self.val_windows), brief=True) as progress:
+            for x, y in self.val_batches(max_windows):
+                with autocast(self.device, self.precision):
+                    total += self.model(x.to(self.device), y.to(self.device)).cpu().double() * y.numel()
+                count += y.numel()
+                progress.advance(len(x))
         self.model.train()
         return float(total / count)
 
@@ -94,17 +98,15 @@ def train(trainer: Trainer, log: TrainingLog, start: int, stop_signal: Callable[
         loss, grad_norm = trainer.step(step)
         done, last, stopping = step + 1, step + 1 == params.max_steps, stop_signal() != 0
         log.add(loss, grad_norm)
-        if stopping:
-            log.silence()
 
-        if last or done % params.log_interval == 0:
-            log.log_training(done)
         if last or done % params.eval_interval == 0:
             with log.paused():
                 losses = {"val/loss": trainer.validate(params.eval_windows)}
                 if last:
                     losses["val/full_loss"] = trainer.validate()
             log.log_validation(done, losses)
+        if last or done % params.log_interval == 0:
+            log.log_training(done)
         if last or stopping or done % params.checkpoint_interval == 0:
             with log.paused():
                 trainer.save(done, log.state())

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from gpt2.config import TrainParams
 from gpt2.core.device import peak_memory_bytes
 from gpt2.core.errors import UserError
+from gpt2.core.progress import Progress
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.history import History, LogMetrics
 from gpt2.training.optimizers import learning_rate_factor
@@ -30,22 +31,23 @@ class TrainingLog:
         self, params: TrainParams, device: torch.device, checkpoints: Checkpoints, log_metrics: LogMetrics
     ) -> None:
         self.history: History = []
+        self._last: dict[str, float] = {}  # value of each metric
         self._params, self._device, self._checkpoints, self._log_metrics = params, device, checkpoints, log_metrics
         # Since the last logged step: the sums of losses and norms, and the number of steps until one is not finite.
         self._sums = torch.zeros(3, device=device)
         self._logged_step, self._started = 0, time.perf_counter()
         self._earlier_peak_bytes = 0
 
-    def progress(self, start: int) -> "tqdm[int]":
-        """Return the steps from `start` on, with a progress bar."""
-        steps, total = range(start, self._params.max_steps), self._params.max_steps
-        self._bar = tqdm(steps, "train", total, initial=start, unit="step", dynamic_ncols=True, mininterval=1)
-        return self._bar
+    def progress(self, start: int) -> Iterator[int]:
+        """Yield the steps from `start` on, and show how far they have come."""
+        with Progress("train", self._params.max_steps, start, line_seconds=math.inf) as self._progress:
+            yield from range(start, self._params.max_steps)
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Add the loss and the norm () of one step. They stay on their device: reading them would wait for it."""
         self._sums[:2] += torch.stack([loss, grad_norm])
         self._sums[2] += self._sums[:2].isfinite().all()
+        self._progress.advance()
 
     def log_training(self, step: int) -> None:
         """Log the means since the last time: loss, gradient norm and speed; and the learning rate of step `step`."""
@@ -53,7 +55,6 @@ class TrainingLog:
         tokens_per_second = steps * self._batch_tokens / (time.perf_counter() - self._started)
         self._sums.zero_()
         self._logged_step, self._started = step, time.perf_counter()
-        self._bar.set_postfix(loss=f"{loss / steps:.3f}", tokens_per_s=f"{tokens_per_second:.0f}")
         self._log(
             step,
             {
@@ -63,15 +64,12 @@ class TrainingLog:
                 "train/tokens_per_second": tokens_per_second,
             },
         )
+        self._progress.show(self._figures())
 
     def log_validation(self, step: int, losses: dict[str, float]) -> None:
         """Log the validation losses after `step` steps."""
         self._check_finite("validation loss", step, *losses.values())
         self._log(step, losses)
-
-    def silence(self) -> None:
-        """Print no more: a signal may have ended the process that reads it."""
-        self._bar.disable = True
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -83,11 +81,10 @@ class TrainingLog:
 
     def final_metrics(self) -> dict[str, float]:
         """Return the metrics for train.json, except the parameter count."""
-        last = {name: value for _, metrics in self.history for name, value in metrics.items()}
+        last = self._last
         return {
             "train_loss": last["train/loss"],
             "val_loss": last["val/full_loss"],
-            "val_perplexity": torch.tensor(last["val/full_loss"], dtype=torch.float64).exp().item(),  # may be infinite
             "steps": self._params.max_steps,
             "tokens": self._params.max_steps * self._batch_tokens,
             "tokens_per_second": self._tokens_per_second(),
@@ -113,6 +110,12 @@ class TrainingLog:
         self._started -= state["seconds"]  # no step has been done yet
         self._earlier_peak_bytes = state["peak_memory_bytes"]
 
+    def _figures(self) -> str:
+        """Return the last figures, short enough for a bar in 80 columns."""
+        names = {"loss": "train/loss", "val": "val/loss"}
+        losses = [f"{short} {self._last[name]:.3f}" for short, name in names.items() if name in self._last]
+        return ", ".join([*losses, f"{tqdm.format_sizeof(self._last['train/tokens_per_second'])} tok/s"])
+
     @property
     def _batch_tokens(self) -> int:
         return self._params.batch_size * self._params.sequence_length
@@ -128,6 +131,7 @@ class TrainingLog:
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         self.history.append((step, metrics))
+        self._last |= metrics
         self._log_metrics(step, metrics)
 
     def _read(self) -> list[float]:
