@@ -1,6 +1,7 @@
 """Attention in pictures and in plain characters: the right weights, at the right tokens, within 80 columns."""
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_picture_shows_each_head_once() -> None:
     assert [axis.get_title() for axis in maps] == ["layer 0, head 1", "layer 2, head 3", "layer 1, head 0"]
     assert len(figure.axes) == len(maps) + 1  # the colour bar
     for head, axis in zip(heads, maps, strict=True):
-        drawn = np.ma.asarray(axis.images[0].get_array())
+        drawn: Any = axis.images[0].get_array()
         np.testing.assert_array_equal(np.ma.getmaskarray(drawn), np.triu(np.ones((3, 3), dtype=bool), 1))
         np.testing.assert_allclose(drawn.filled(0), weights[head].numpy())
         assert axis.images[0].get_clim() == (0, 1)
