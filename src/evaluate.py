@@ -33,8 +33,8 @@ def main() -> None:
         print(f"{split:4} {format_summary(figures[split])}", flush=True)
     # The test split's figures have the plain names. Models are selected by val_loss.
     shown = {name: figures["test"][name] for name in ("loss", "perplexity", "bits_per_byte", "tokens")}
-    shown |= {"val_loss": figures["val"]["loss"], "stride": params.evaluate.stride, "model": short_name(MODEL)}
-    write_json(METRICS / "evaluate.json", shown)
+    shown["val_loss"] = figures["val"]["loss"]
+    write_json(METRICS / "evaluate.json", shown | {"stride": params.evaluate.stride, "model": short_name(MODEL)})
 
 
 if __name__ == "__main__":
