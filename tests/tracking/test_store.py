@@ -21,6 +21,7 @@ import pytest
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE as NOTE
 
 from gpt2.config import ModelConfig
+from gpt2.core.files import write_json, write_text
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import save_model
@@ -74,14 +75,19 @@ answer(mlflow.artifacts.load_text("runs:/{run}/note.txt"))
 REGISTER = """
 import pandas as pd
 from mlflow.data.pandas_dataset import from_pandas
-from gpt2.tracking.registry import TEST_LOSS, TEST_SHA256, TEST_STRIDE, promote, register
-from gpt2.tracking.runs import MODEL_SHA256
-tags = {{MODEL_SHA256: "{digest}", TEST_LOSS: "5.0", TEST_STRIDE: "16", TEST_SHA256: "of the test split"}}
+from gpt2.tracking import registry
+from gpt2.tracking.champion import STRIDE, VAL_LOSS, promote
+from gpt2.tracking.runs import ENVIRONMENT, MODEL_SHA256, THREADS
+registry.MODEL, registry.PARAMS = root / "model", root / "params.yaml"
+registry.LINEAGE, registry.DOCUMENTS = root / "lineage.json", root / "documents.csv"
+made_from = {{MODEL_SHA256: "{digest}", ENVIRONMENT: "of a test", THREADS: "1"}}
+measured = {{VAL_LOSS: "5.0", registry.TEST_LOSS: "5.0", STRIDE: "16"}}
 with mlflow.start_run(experiment_id=store.open_store()) as run:
     mlflow.log_text("kept", "note.txt")
     mlflow.log_artifact(str(root / "params.yaml"), "config")
     mlflow.log_input(from_pandas(pd.DataFrame({{"document": ["a"]}}), name="corpus"), context="training")
-    promote("gpt2", "champion", register(root / "model", "gpt2", tags))
+    version = registry.register("gpt2", run, made_from, measured, {{"corpus": "of a test"}})
+    promote("gpt2", "champion", version.version)
 answer(run.info.run_id)
 """
 CHAMPION = """
@@ -104,6 +110,9 @@ def registered(
     shutil.copy(REPOSITORY / "params.yaml", root)
     model = make_model(vocab_size=VOCAB_SIZE, random=True)
     digest = save_model(model, make_config(vocab_size=VOCAB_SIZE), root / "model")
+    write_text(root / "documents.csv", "document\n")
+    files = {"data/tokens/train.bin": 64 * "a"}
+    write_json(root / "lineage.json", {"commit": "", "diff": "", "prepare": {"source": "sotu"}, "files": files})
     answer_of(root, REGISTER.format(digest=digest))
     shutil.rmtree(root / "model")
     return root
