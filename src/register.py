@@ -16,12 +16,13 @@ from gpt2.core.errors import UserError
 from gpt2.core.files import read_json, write_json
 from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, RECEIPT, SAMPLES, TOKENS
 from gpt2.model.weights import read_config, short_name
+from gpt2.tracking.card import describe, read_card
 from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, choose_champion, promote
 from gpt2.tracking.lineage import Lineage, checkpoint_folder, differences
 from gpt2.tracking.provenance import provenance
-from gpt2.tracking.registry import RUN_ID, TEST_LOSS, register, verify
+from gpt2.tracking.registry import TEST_LOSS, register, verify
 from gpt2.tracking.runs import MODEL_SHA256, lineage_tags, mirror_run
-from gpt2.tracking.store import repair
+from gpt2.tracking.store import charts_address, repair
 from gpt2.training.checkpoints import Checkpoints
 
 
@@ -56,13 +57,17 @@ def register_results() -> None:
         check_parameters(params, lineage)
         measured = measured_tags()
         made_from = lineage_tags(lineage) | {MODEL_SHA256: read_config(MODEL)[1]}
-    except (KeyError, TypeError) as error:
+        card = read_card(params, lineage)
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the results cannot be read ({error!r}); run `dvc repro`") from None
     name, alias = params.register_.name, params.register_.alias
     with mirror_run(params, lineage, made_from[MODEL_SHA256]) as run:
-        version = register(name, made_from, measured | {RUN_ID: run.info.run_id})
+        version = register(name, run, made_from, measured, card.tags)
         verdict = choose_champion(version, params)
+        describe(version, card, alias)
+        charts = charts_address(run.info.experiment_id)
     print(f"run {run.info.run_name}: {run.info.run_id}")
+    print(f"charts of all runs: {charts}")
     print(verdict)
     Checkpoints(checkpoint_folder(lineage["train_key"])).remove()
     # The same results leave the same receipt, whatever ids and version numbers the store gave them.

@@ -21,7 +21,7 @@ import pytest
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE as NOTE
 
 from gpt2.config import ModelConfig
-from gpt2.core.files import write_json
+from gpt2.core.files import write_json, write_text
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import save_model
@@ -73,20 +73,21 @@ mlflow.set_tracking_uri("sqlite:///mlflow.db")
 answer(mlflow.artifacts.load_text("runs:/{run}/note.txt"))
 """
 REGISTER = """
-from gpt2.config import load_params
-from gpt2.core.files import read_json
+import pandas as pd
+from mlflow.data.pandas_dataset import from_pandas
 from gpt2.tracking import registry
-from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, choose_champion
-from gpt2.tracking.runs import MODEL_SHA256, lineage_tags
-lineage = read_json(root / "lineage.json")
-registry.MODEL, registry.LINEAGE, registry.PARAMS = root / "model", root / "lineage.json", root / "params.yaml"
-registry.DOCUMENTS = root / "documents.csv"
-measured = {{VAL_LOSS: "5.0", VAL_SHA256: "v", STRIDE: "16", TOKENIZER: "gpt2", registry.TEST_LOSS: "5.0"}}
+from gpt2.tracking.champion import STRIDE, VAL_LOSS, promote
+from gpt2.tracking.runs import ENVIRONMENT, MODEL_SHA256, THREADS
+registry.MODEL, registry.PARAMS = root / "model", root / "params.yaml"
+registry.LINEAGE, registry.DOCUMENTS = root / "lineage.json", root / "documents.csv"
+made_from = {{MODEL_SHA256: "{digest}", ENVIRONMENT: "of a test", THREADS: "1"}}
+measured = {{VAL_LOSS: "5.0", registry.TEST_LOSS: "5.0", STRIDE: "16"}}
 with mlflow.start_run(experiment_id=store.open_store()) as run:
     mlflow.log_text("kept", "note.txt")
-    made_from = lineage_tags(lineage) | {{MODEL_SHA256: "{digest}"}}
-    version = registry.register("gpt2", made_from, measured | {{registry.RUN_ID: run.info.run_id}})
-    choose_champion(version, load_params(root / "params.yaml"))
+    mlflow.log_artifact(str(root / "params.yaml"), "config")
+    mlflow.log_input(from_pandas(pd.DataFrame({{"document": ["a"]}}), name="corpus"), context="training")
+    version = registry.register("gpt2", run, made_from, measured, {{"corpus": "of a test"}})
+    promote("gpt2", "champion", version.version)
 answer(run.info.run_id)
 """
 CHAMPION = """
@@ -109,10 +110,9 @@ def registered(
     shutil.copy(REPOSITORY / "params.yaml", root)
     model = make_model(vocab_size=VOCAB_SIZE, random=True)
     digest = save_model(model, make_config(vocab_size=VOCAB_SIZE), root / "model")
-    lineage = {"train_key": "5" * 64, "commit": "", "uncommitted": [], "environment": "of a test", "threads": 1}
-    inputs = {"prepare": {"source": "sotu"}, "files": {"data/tokens/train.bin": "6" * 64}}
-    write_json(root / "lineage.json", lineage | inputs)
-    (root / "documents.csv").write_text("document,split,sha256\n")
+    write_text(root / "documents.csv", "document\n")
+    files = {"data/tokens/train.bin": 64 * "a"}
+    write_json(root / "lineage.json", {"commit": "", "diff": "", "prepare": {"source": "sotu"}, "files": files})
     answer_of(root, REGISTER.format(digest=digest))
     shutil.rmtree(root / "model")
     return root

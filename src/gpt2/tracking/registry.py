@@ -7,6 +7,8 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import mlflow
+import pandas as pd
+from mlflow.entities import Metric, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -21,9 +23,10 @@ from gpt2.core.files import atomic_write, file_lock
 from gpt2.core.paths import LINEAGE, MODEL, PARAMS, TOKENS, main_root
 from gpt2.generation.engine import GenerationSettings
 from gpt2.model.weights import WEIGHTS, load_model, read_config
-from gpt2.tracking.runs import MODEL_SHA256
+from gpt2.tracking.runs import MODEL_SHA256, SYSTEM_METRICS
 from gpt2.tracking.serving import NULLS
 from gpt2.tracking.store import STORE_ERRORS, read_store, store_lock, withdraw_receipt
+from gpt2.training.history import CURVES
 
 TEST_LOSS = "gpt2.test_loss"
 RUN_ID = "gpt2.run_id"  # MLflow's own link to a version's run cannot be changed when that run is deleted
@@ -44,6 +47,8 @@ PACKAGES = (
 )
 NOT_THERE = tuple(map(ErrorCode.Name, (RESOURCE_DOES_NOT_EXIST, INVALID_PARAMETER_VALUE)))
 DEFAULTS = NULLS | {"seed": 0} | GenerationSettings().model_dump(exclude_none=True)
+EXAMPLE = (pd.DataFrame({"prompt": ["The state of the union"]}), {"max_tokens": 20, "temperature": 0.7, "top_k": 40})
+NO_STEP = -1  # MLflow would give a logged model all metrics of its step, also those of the system
 TYPES = {float: DataType.double, int: DataType.long, str: DataType.string}
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt")]),
@@ -52,10 +57,13 @@ SIGNATURE = ModelSignature(
 )
 
 
-def register(name: str, made_from: dict[str, str], measured: dict[str, str]) -> ModelVersion:
+def register(
+    name: str, run: Run, made_from: dict[str, str], measured: dict[str, str], shown: dict[str, str]
+) -> ModelVersion:
     """Return the version of registered model `name` that holds the weights in data/model, made if there is none.
 
-    Tags `made_from` are those of the weights; `measured` replace older ones. Must be called within a run.
+    Tags `made_from` are those of the weights; `measured` and `shown` replace older ones, `shown` comes first where
+    MLflow lists them. `run` must be the active run; the model is named after it, and gets its results.
     """
     client, model_sha256 = mlflow.MlflowClient(), made_from[MODEL_SHA256]
     with store_lock():
@@ -65,17 +73,36 @@ def register(name: str, made_from: dict[str, str], measured: dict[str, str]) -> 
             version = None
         if version is None:
             logged = mlflow.pyfunc.log_model(
-                name="model",
+                name=re.sub("""[/:.%"']""", "-", str(run.info.run_name)),  # which MLflow allows in no model's name
                 python_model=str(Path(__file__).with_name("model_code.py")),
                 artifacts={path.stem: str(path) for path in (MODEL, LINEAGE, PARAMS, DOCUMENTS)},
                 code_paths=[str(Path(__file__).parents[1])],
                 signature=SIGNATURE,
+                input_example=EXAMPLE,
+                step=NO_STEP,
                 pip_requirements=[f"{package}=={installed_version(package).partition('+')[0]}" for package in PACKAGES],
             )
-            version = mlflow.register_model(logged.model_uri, name, tags=made_from)
-        for key, value in measured.items():
+            version = mlflow.register_model(logged.model_uri, name, tags=shown | made_from)
+        for key, value in (shown | measured | {RUN_ID: run.info.run_id}).items():
             client.set_model_version_tag(name, version.version, key, value)
-        return client.get_model_version(name, version.version)
+        version = client.get_model_version(name, version.version)
+        if model_id := logged_model_of(version):
+            _log_results_of(client, model_id, run.info.run_id)
+        return version
+
+
+def logged_model_of(version: ModelVersion) -> str | None:
+    """Return the id of the logged model that a version was made of."""
+    found = re.fullmatch(r"models:/(m-\w+)", version.source or "")
+    return found[1] if found else None
+
+
+def _log_results_of(client: mlflow.MlflowClient, model_id: str, run_id: str) -> None:
+    """Let a logged model show the values of the whole run. Those it has stay."""
+    names = [name for name in client.get_run(run_id).data.metrics if not name.startswith((*CURVES, SYSTEM_METRICS))]
+    points = [point for name in names for point in client.get_metric_history(run_id, name)]
+    found = [Metric(one.key, one.value, one.timestamp, one.step, model_id=model_id) for one in points]
+    client.log_batch(run_id, metrics=found)
 
 
 def fetch_model(uri: str) -> Path:

@@ -26,6 +26,7 @@ from gpt2.training.history import CURVES, LogMetrics, read_curves
 FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
 BATCH_LIMIT = 1000  # points in one call, MLflow's own limit
 SAMPLES_TABLE = "samples/samples.json"
+SYSTEM_METRICS = "system/"
 
 TRAIN_KEY, RUN_KEY, RESULTS_KEY = "gpt2.train_key", "gpt2.run_key", "gpt2.results_key"
 MODEL_SHA256 = "gpt2.model_sha256"
