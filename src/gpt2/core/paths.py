@@ -12,6 +12,7 @@ LINEAGE = DATA / "lineage.json"
 METRICS = DATA / "metrics"
 PLOTS = DATA / "plots"
 SAMPLES = DATA / "samples"
+REPORT = DATA / "report"
 CHECKOUT_LOCK = ROOT / ".cache" / "train.lock"
 RECEIPT = ROOT / "mlartifacts" / "receipt.json"
 
