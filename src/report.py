@@ -41,7 +41,7 @@ def main() -> None:
         trained = lineage["train"]
         curves = tables.training(PLOTS, trained["batch_size"] * trained["sequence_length"])
         is_sotu = lineage["prepare"]["source"] == "sotu"
-        groups = tables.sotu_groups(documents) if is_sotu else documents[["document"]]
+        groups = tables.sotu_groups(documents) if is_sotu else pd.DataFrame()
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the results cannot be read ({error!r}); run `dvc repro`") from None
 
@@ -51,12 +51,13 @@ def main() -> None:
         by_window = tables.predict(model, tokens, model.max_len, params.evaluate.batch_size)
 
     is_test = documents["split"] == "test"
-    test_documents = tables.by_document(documents[is_test], predicted.losses)
+    by_document = tables.by_document(documents[is_test], predicted.losses)
     numbers = {
         "training": curves,
         "loss_by_position": tables.by_position(by_window.losses, model.max_len),
         "calibration": tables.calibration(predicted),
-        **{f"perplexity_by_{name}": tables.grouped(test_documents, group[is_test]) for name, group in groups.items()},
+        "perplexity_by_document": by_document,
+        **{f"perplexity_by_{name}": tables.grouped(by_document, group[is_test]) for name, group in groups.items()},
     }
     pictures: dict[str, str | bytes] = {**draw_all(numbers), **draw_attention(model, params.report)}
     last = documents[is_test].iloc[-1]

@@ -143,9 +143,9 @@ FIGURES = {
     "loss": (loss, "training"),
     "optimization": (optimization, "training"),
     "loss_by_position": (loss_by_position, "loss_by_position"),
+    "perplexity_by_document": (perplexity, "perplexity_by_document"),
     "perplexity_by_decade": (perplexity, "perplexity_by_decade"),
     "perplexity_by_president": (perplexity, "perplexity_by_president"),
-    "perplexity_by_document": (perplexity, "perplexity_by_document"),
     "calibration": (calibration, "calibration"),
 }
 

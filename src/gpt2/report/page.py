@@ -35,21 +35,19 @@ PICTURES = {
         "few tokens before the one that it predicts, on the right {max_len:,}. Where the line still falls on the "
         "right, the model makes use of text that far back.",
     ),
-    "perplexity_by_decade": (
-        "Perplexity by decade",
-        "Perplexity is e to the loss: 100 means that the model is as unsure as between 100 equally likely tokens. Only "
-        "documents of the test split count, which the model has never seen, so most decades have one address or none. "
-        "On the right stand the tokens behind each point: the fewer, the more it is chance.",
-    ),
-    "perplexity_by_president": (
-        "Perplexity by president",
-        "The same addresses by who gave them, with the years of the presidency in the corpus.",
-    ),
     "perplexity_by_document": (
         "Perplexity by document",
         "Perplexity is e to the loss: 100 means that the model is as unsure as between 100 equally likely tokens. "
         "These are the documents of the test split, which the model has never seen. On the right stand the tokens "
         "behind each point: the fewer, the more it is chance.",
+    ),
+    "perplexity_by_decade": (
+        "Perplexity by decade",
+        "The same documents by when they were written. Decades without a document in the test split are left out.",
+    ),
+    "perplexity_by_president": (
+        "Perplexity by president",
+        "The same documents by who gave the address, with the years of the presidency's addresses.",
     ),
     "calibration": (
         "Calibration",
@@ -82,7 +80,7 @@ a { color: inherit }
 .soft, figcaption { color: var(--soft); font-size: 0.9rem }
 figure { margin: 0.6rem 0 }
 svg { display: block; height: auto; max-width: 100%; width: 36rem }
-img { display: block; max-width: none }
+img { display: block; max-width: 100%; min-width: 40rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: 0.9rem }
 td, th { border-bottom: 1px solid var(--line); padding: 0.2rem 1rem 0.2rem 0; text-align: left; vertical-align: top }
@@ -96,7 +94,8 @@ td.number, th.number { font-variant-numeric: tabular-nums; text-align: right }
 .s3 { background: rgba(var(--mark), 0.52) }
 .s4 { background: rgba(var(--mark), 0.78) }
 .legend { line-height: 2 }
-.legend span { color: var(--ink); border: 1px solid var(--line); margin-right: 0.3rem; padding: 0 0.4rem; white-space: nowrap }
+.legend span { border: 1px solid var(--line); color: var(--ink); margin-right: 0.3rem; padding: 0 0.4rem;
+  white-space: nowrap }
 """
 
 
