@@ -159,6 +159,11 @@ class SampleParams(Section):
     seed: Natural
 
 
+class ReportParams(Section):
+    text: Annotated[str, AfterValidator(_prompt)]
+    heads: Annotated[int, Field(gt=0, le=64)]
+
+
 class RegisterParams(Section):
     name: Name
     alias: Annotated[str, AfterValidator(_alias)]
@@ -172,6 +177,7 @@ class Params(Section):
     runtime: RuntimeParams
     evaluate: EvaluateParams
     sample: SampleParams
+    report: ReportParams
     register_: Annotated[RegisterParams, Field(alias="register")]
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from mlflow.entities import Run
 from gpt2.core.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("prepare", "train", "evaluate", "sample", "register")
+STAGES = ("prepare", "train", "evaluate", "sample", "report", "register")
 TINY = {
     "prepare": {"source": "data/raw", "val_fraction": 0.1, "test_fraction": 0.1},
     "model": {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 32, "max_len": 32},

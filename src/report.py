@@ -1,0 +1,126 @@
+"""Stage report: pictures of the training and of what the model predicts, their numbers, and a page that shows them."""
+
+import os
+from typing import Any
+
+from gpt2.core.environment import OPENMP_DEFAULTS
+
+os.environ.update(OPENMP_DEFAULTS | os.environ)
+
+import pandas as pd
+import torch
+
+from gpt2.config import ReportParams, load_params
+from gpt2.core.cli import run_command
+from gpt2.core.device import autocast, choose_device, choose_precision, use_threads
+from gpt2.core.errors import UserError
+from gpt2.core.files import atomic_write, read_json, write_text
+from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, PLOTS, REPORT, SAMPLES, TOKENS
+from gpt2.data import tokenizer
+from gpt2.data.batches import load_tokens
+from gpt2.model.gpt2 import GPT2Model
+from gpt2.model.weights import load_model, read_config
+from gpt2.report import tables
+from gpt2.report.figures import draw_all, png
+from gpt2.report.page import Results, page
+
+PASSAGE_TOKENS = 250  # coloured by surprise
+ATTENTION_TOKENS = 32  # more cannot be read
+
+
+def main() -> None:
+    params = load_params(PARAMS)
+    use_threads(params.runtime.threads)
+    device = choose_device(params.runtime.device)
+    tokens = load_tokens(TOKENS / "test.bin")
+    model, config, _ = load_model(MODEL)
+    model.to(device)
+    sha256 = read_config(MODEL)[1]
+    try:
+        lineage, evaluated, sampled, documents, samples = read_results(sha256[:8])
+        trained = lineage["train"]
+        curves = tables.training(PLOTS, trained["batch_size"] * trained["sequence_length"])
+        is_sotu = lineage["prepare"]["source"] == "sotu"
+        groups = tables.sotu_groups(documents) if is_sotu else pd.DataFrame()
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the results cannot be read ({error!r}); run `dvc repro`") from None
+
+    print(f"predicting the {len(tokens):,} tokens of the test split, as evaluate does and in windows side by side")
+    with autocast(device, choose_precision(params.runtime.precision, device)):
+        predicted = tables.predict(model, tokens, params.evaluate.stride, params.evaluate.batch_size)
+        by_window = tables.predict(model, tokens, model.max_len, params.evaluate.batch_size)
+
+    is_test = documents["split"] == "test"
+    by_document = tables.by_document(documents[is_test], predicted.losses)
+    numbers = {
+        "training": curves,
+        "loss_by_position": tables.by_position(by_window.losses, model.max_len),
+        "calibration": tables.calibration(predicted),
+        "perplexity_by_document": by_document,
+        **{f"perplexity_by_{name}": tables.grouped(by_document, group[is_test]) for name, group in groups.items()},
+    }
+    pictures: dict[str, str | bytes] = {**draw_all(numbers), **draw_attention(model, params.report)}
+    last = documents[is_test].iloc[-1]
+    passage = slice(last["first_token"], last["first_token"] + min(last["tokens"], PASSAGE_TOKENS))
+    report = page(
+        Results(
+            model_sha256=sha256,
+            parameters=model.count_parameters(),
+            vocab_size=config.vocab_size,
+            lineage=lineage,
+            evaluated=evaluated,
+            sampled=sampled,
+            accuracy=predicted.hits.mean(),
+            samples=samples,
+            passage=list(zip(tokens[passage].tolist(), predicted.losses[passage].tolist(), strict=True)),
+            passage_name=last["document"],
+            pictures=pictures,
+        )
+    )
+    with atomic_write(REPORT) as folder:
+        folder.mkdir()
+        for name, table in numbers.items():
+            write_text(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        for name, picture in pictures.items():
+            if isinstance(picture, bytes):
+                (folder / f"{name}.png").write_bytes(picture)
+            else:
+                write_text(folder / f"{name}.svg", picture)
+        write_text(folder / "index.html", report)
+    print("open data/report/index.html in a browser")
+
+
+def read_results(model: str) -> tuple[Any, Any, Any, pd.DataFrame, pd.DataFrame]:
+    """Return lineage.json, evaluate.json, sample.json, documents.csv and samples.csv (as text).
+
+    Raises UserError if one is missing or of another model than `model`, KeyError, TypeError or ValueError if one is
+    broken.
+    """
+    lineage, evaluated, sampled = (
+        read_json(path) for path in (LINEAGE, METRICS / "evaluate.json", METRICS / "sample.json")
+    )
+    for stage, result in (("evaluate", evaluated), ("sample", sampled)):
+        if result["model"] != model:
+            raise UserError(f"the results of stage {stage} are not of the model in {MODEL}; run `dvc repro`")
+    documents = pd.read_csv(TOKENS / "documents.csv", dtype={"document": str}, keep_default_na=False)
+    samples = pd.read_csv(SAMPLES / "samples.csv", dtype=str, keep_default_na=False)
+    return lineage, evaluated, sampled, documents, samples
+
+
+def draw_attention(model: GPT2Model, params: ReportParams) -> dict[str, bytes]:
+    """Return the picture of attention on a text, of heads spread over the layers."""
+    try:
+        from gpt2.evaluation.attention_weights import attention_weights  # type: ignore[import-not-found]
+        from gpt2.report.attention import draw_heads, token_labels  # type: ignore[import-not-found]
+    except ImportError:
+        return {}
+    tokens = tokenizer.encode(params.text)[: min(model.max_len, ATTENTION_TOKENS)]
+    weights = attention_weights(model, torch.tensor(tokens, device=model.output_projection.weight.device))
+    layers, heads = weights.shape[:2]
+    count = min(params.heads, layers * heads)
+    chosen = [divmod(i * layers * heads // count, heads) for i in range(count)]
+    return {"attention": png(draw_heads(weights.float().cpu(), token_labels(tokens), chosen))}
+
+
+if __name__ == "__main__":
+    run_command(main)
