@@ -32,9 +32,9 @@ def main() -> None:
         figures[split] = summarize(loss, len(tokens), splits[split]["bytes"])
         print(f"{split:4} {format_summary(figures[split])}", flush=True)
     # The test split's figures have the plain names. Models are selected by val_loss.
-    shown = {name: figures["test"][name] for name in ("loss", "perplexity", "bits_per_byte", "tokens")}
-    shown["val_loss"] = figures["val"]["loss"]
-    write_json(METRICS / "evaluate.json", shown | {"stride": params.evaluate.stride, "model": short_name(MODEL)})
+    test = {name: figures["test"][name] for name in ("loss", "perplexity", "bits_per_byte", "tokens")}
+    measured = {"val_loss": figures["val"]["loss"], "stride": params.evaluate.stride, "model": short_name(MODEL)}
+    write_json(METRICS / "evaluate.json", test | measured)
 
 
 if __name__ == "__main__":
