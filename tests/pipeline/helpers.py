@@ -90,7 +90,15 @@ def clone(checkout: Path, folder: Path, **train: int) -> Path:
 
 def digests(checkout: Path) -> dict[str, str]:
     """The SHA-256 of all results that do not tell of the clock."""
-    patterns = ("tokens/*", "model/*", "samples/*", "metrics/evaluate.json", "metrics/sample.json", "plots/*loss.csv")
+    patterns = (
+        "tokens/*",
+        "model/*",
+        "samples/*",
+        "report/*",
+        "metrics/evaluate.json",
+        "metrics/sample.json",
+        "plots/*loss.csv",
+    )
     files = [file for pattern in patterns for file in (checkout / "data").glob(pattern)]
     return {file.relative_to(checkout).as_posix(): sha256_of(file) for file in files if file.name != ".gitignore"}
 

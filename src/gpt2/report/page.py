@@ -84,6 +84,7 @@ img { display: block; max-width: 100%; min-width: 40rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: 0.9rem }
 td, th { border-bottom: 1px solid var(--line); padding: 0.2rem 1rem 0.2rem 0; text-align: left; vertical-align: top }
+td:first-child { overflow-wrap: break-word }
 td.number, th.number { font-variant-numeric: tabular-nums; text-align: right }
 .text { border-left: 3px solid var(--line); padding-left: 0.8rem; white-space: pre-wrap }
 .tables { columns: 17rem; column-gap: 2rem }
@@ -158,6 +159,8 @@ def _table(rows: Iterable[tuple[str, Any]], header: Sequence[str] = ()) -> str:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, bool):  # as in params.yaml
+        value = str(value).lower()
     return escape("" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value))
 
 
@@ -242,5 +245,5 @@ def _lineage(results: Results) -> str:
     ]
     return (
         f"{_table(rows)}\n<details><summary>Files that the training read, and their SHA-256</summary>\n"
-        f"{_table(lineage['files'].items())}\n</details>"
+        f'<div class="wide">{_table(lineage["files"].items())}</div>\n</details>'
     )
