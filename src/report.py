@@ -18,9 +18,11 @@ from gpt2.core.files import atomic_write, read_json, write_text
 from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, PLOTS, REPORT, SAMPLES, TOKENS
 from gpt2.data import tokenizer
 from gpt2.data.batches import load_tokens
+from gpt2.evaluation.attention_weights import attention_weights
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, read_config
 from gpt2.report import tables
+from gpt2.report.attention import draw_heads, token_labels
 from gpt2.report.figures import draw_all, png
 from gpt2.report.page import Results, page
 
@@ -109,11 +111,6 @@ def read_results(model: str) -> tuple[Any, Any, Any, pd.DataFrame, pd.DataFrame]
 
 def draw_attention(model: GPT2Model, params: ReportParams) -> dict[str, bytes]:
     """Return the picture of attention on a text, of heads spread over the layers."""
-    try:
-        from gpt2.evaluation.attention_weights import attention_weights  # type: ignore[import-not-found]
-        from gpt2.report.attention import draw_heads, token_labels  # type: ignore[import-not-found]
-    except ImportError:
-        return {}
     tokens = tokenizer.encode(params.text)[: min(model.max_len, ATTENTION_TOKENS)]
     weights = attention_weights(model, torch.tensor(tokens, device=model.output_projection.weight.device))
     layers, heads = weights.shape[:2]
