@@ -106,7 +106,12 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--only", choices=PARTS, help="show one part (default: all)")
     add("--text", default=SENTENCE, help="the sentence whose attention is shown (default: %(default)s)")
-    add("--output", type=Path, default=main_root() / ".cache" / "demo", help="folder of the picture of attention")
+    add(
+        "--output",
+        type=Path,
+        default=main_root() / ".cache" / "demo",
+        help="folder of the picture (default: .cache/demo)",
+    )
     arguments = parser.parse_args()
     if not 1 <= (count := len(tokenizer.encode(arguments.text))) <= MOST_TOKENS:
         raise UserError(f"--text has {count} tokens; give 1 to {MOST_TOKENS}")
@@ -165,7 +170,7 @@ def architecture() -> list[Check]:
 
 def generation() -> list[Check]:
     """Continue each prompt under each setting, and show the texts of a prompt side by side."""
-    model, seen = find_model()
+    model, seen, _ = find_model()
     engine = Engine(model, MAX_SLOTS, seen)
 
     def write() -> tuple[list[Request], list[str]]:
@@ -224,7 +229,7 @@ def training() -> list[Check]:
 
 def attention(text: str, folder: Path) -> list[Check]:
     """Show how much each token of a text looks at those before it, in each layer and head."""
-    model, _ = find_model()
+    model, _, name = find_model()
     tokens = tokenizer.encode(text)[: model.max_len]
     weights, labels = attention_weights(model, torch.tensor(tokens)), token_labels(tokens)  # (L, H, T, T)
     layers, heads = weights.shape[:2]
@@ -240,6 +245,7 @@ def attention(text: str, folder: Path) -> list[Check]:
     print(terminal_map(weights[layer, head], labels))
     path = folder / "attention.png"
     figure = draw_heads(weights, labels, [(layer, head) for layer in range(layers) for head in range(heads)])
+    figure.suptitle(f"Attention of {name}, all layers and heads", fontsize=11)
     with atomic_write(path) as partial_path:
         figure.savefig(partial_path, format="png", metadata={"Software": None})
     print(f"\nall heads as a picture: {min(str(path), os.path.relpath(path), key=len)}")
@@ -250,8 +256,8 @@ def attention(text: str, folder: Path) -> list[Check]:
 
 
 @cache
-def find_model() -> tuple[GPT2Model, SeenMask | None]:
-    """Return the champion and which tokens it has seen, or an untrained model, and say which. Raises UserError."""
+def find_model() -> tuple[GPT2Model, SeenMask | None, str]:
+    """Return the champion, or an untrained model, which tokens it has seen, and its name. Raises UserError."""
     uri = champion_uri(PARAMS)
     os.environ.update(MLFLOW_DEFAULTS | os.environ)
     from gpt2.tracking.registry import fetch_model  # MLflow takes as long to import as PyTorch
@@ -262,11 +268,11 @@ def find_model() -> tuple[GPT2Model, SeenMask | None]:
         if not str(error).startswith("no model at"):
             raise
         print("no registered model yet: an untrained one of the same shape")
-        return untrained(SHAPE), None
+        return untrained(SHAPE), None, "an untrained model"
     if config.vocab_size != tokenizer.VOCAB_SIZE:
         raise UserError(f"{uri} has a vocabulary of {config.vocab_size}, not GPT-2's {tokenizer.VOCAB_SIZE}")
     print(f"{uri}, {model.count_parameters():,} parameters")
-    return model, seen
+    return model, seen, uri
 
 
 def untrained(shape: dict[str, Any]) -> GPT2Model:

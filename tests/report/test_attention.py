@@ -45,12 +45,12 @@ def test_picture_shows_each_head_once() -> None:
         assert [text.get_text() for text in texts] == LABELS and not any(text.get_parse_math() for text in texts)
 
 
-def test_all_of_a_picture_is_inside_it_and_its_bytes_repeat() -> None:
-    weights, labels = heads_of(2, 4, 24), ["extraordina…"] * 24
-    heads = [(layer, head) for layer in range(2) for head in range(4)][:7]
+@pytest.mark.parametrize(("length", "count"), [(24, 7), (6, 8), (6, 1), (1, 3)])
+def test_all_of_a_picture_is_inside_it_and_its_bytes_repeat(length: int, count: int) -> None:
+    weights, labels = heads_of(2, 4, length), ["extraordina…"] * length
+    heads = [(layer, head) for layer in range(2) for head in range(4)][:count]
     first, second = (draw_heads(weights, labels, heads) for _ in range(2))
-    assert png(first) == png(second)
-    assert png(first) != png(draw_heads(weights, labels, heads[::-1]))
+    assert png(first) == png(second) != png(draw_heads(1 - weights, labels, heads))
     shown, inside = first.get_tightbbox(), first.bbox_inches
     assert shown.x0 >= 0 and shown.y0 >= 0 and shown.x1 <= inside.x1 and shown.y1 <= inside.y1
     assert inside.width <= 13

@@ -31,7 +31,8 @@ def draw_heads(weights: Tensor, labels: Sequence[str], heads: Sequence[tuple[int
     Saved as png with metadata={"Software": None}, the same weights give the same bytes.
     """
     length = len(labels)
-    side, margin = max(1.6, 0.17 * length), 0.6 + 0.065 * max(map(len, labels))  # inches of a map, of the tokens' texts
+    side = max(2.4 if len(heads) <= 6 else 1.6, 0.17 * length)  # inches of a map
+    margin = 0.6 + 0.065 * max(map(len, labels))  # inches of the tokens' texts
     rows = math.ceil(len(heads) / max(1, int((PICTURE_INCHES - margin) / (side + 0.1))))
     columns = math.ceil(len(heads) / rows)
     size = (margin + columns * (side + 0.1) + 0.8, margin + rows * (side + 0.3) + 0.2)
@@ -51,7 +52,7 @@ def draw_heads(weights: Tensor, labels: Sequence[str], heads: Sequence[tuple[int
     figure.supylabel("a token", fontsize=10)
     figure.supxlabel("the tokens that it looks at", fontsize=10)
     bar = figure.colorbar(image, ax=axes, aspect=30, shrink=min(1, 3 / (rows * side)))
-    bar.set_label("weight (a row sums to 1)", fontsize=9)
+    bar.set_label("weight (a row sums to 1); grey: later tokens", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return figure
 
