@@ -14,7 +14,7 @@ from gpt2.report.figures import FIGURES, INK, MOST_ROWS, PAPER, draw_all, for_pa
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, pd.DataFrame]:
-    names = ["$x$", "<b>&amp;--", "a" * 99, "日本\n語"]
+    names = ["$\\unknown$", "<b>&amp;--", "a" * 99, "日本\n語"]
     texts = pd.DataFrame({"document": names, "tokens": 5, "perplexity": [2.0, 3, np.inf, 4]})
     return {
         "training": pd.DataFrame(
