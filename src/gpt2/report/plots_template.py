@@ -1,4 +1,4 @@
-"""The page of `dvc plots` with its scripts inside, so that it opens without network (plots.html_template, DVC's config).
+"""The page of `dvc plots` with its scripts inside, so that it opens without network (plots.html_template of DVC).
 
 DVC fills in {plot_divs}, and would fill in {scripts}, which load Vega, Vega-Lite and Vega-Embed from the web.
 """
