@@ -1,6 +1,7 @@
 """infer.py as users call it: one prompt, a session, a score, and what it says of their mistakes."""
 
 import io
+import itertools
 import math
 import re
 import readline
@@ -151,6 +152,7 @@ def test_session(run_infer: Infer) -> None:
         "temperature 1.2, top_k none, top_p none, min_p none, repetition_penalty 1.0, max_tokens 2, stop none, seed 3"
     )
     assert changed in report and "2 tokens in" in report
+    assert report.index("them.\ntemperature 0.7, top_k 40") < report.index(changed)  # the settings of the start
     assert "temperature 0.7, top_k 40" in report.splitlines()[-1] and "max_tokens 7, " in report.splitlines()[-1]
 
 
@@ -159,6 +161,20 @@ def test_session_continues_after_mistakes(run_infer: Infer) -> None:
     code, text, report = run_infer(stdin="\n".join([*mistakes, "set max_tokens 1", "The war"]))
     assert code == 0 and text.startswith("The war")
     assert report.count("error: ") == len(mistakes)
+
+
+def test_ctrl_c_leaves_the_text_its_seed_and_tokens(run_infer: Infer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = itertools.count(1)
+
+    def push(*_: object) -> str:
+        if next(tokens) == 3:
+            raise KeyboardInterrupt
+        return " word"
+
+    monkeypatch.setattr(tokenizer.TextStream, "push", push)
+    code, text, report = run_infer("-p", "The", "-t", "9", "--seed", "5")
+    assert (code, text) == (130, "The word word\n")
+    assert re.search(r"\n\d tokens in [\d.]+ s, [\d.]+ tokens/s, seed 5\n$", report)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--score", "-"]])
@@ -211,7 +227,7 @@ def test_session_in_a_terminal(model_folder: Path, tmp_path: Path) -> None:
                 return
         raise AssertionError("Ctrl-C gave no new prompt")
 
-    child.expect_exact("is always a prompt.\r\n> ")
+    child.expect_exact("stop none, seed none\r\n> ")
     child.send("\x1b[A")  # up
     send("", "A former prompt\r\n", "A former prompt", "3 tokens in")
     send("help", "Ctrl-C stops a text")
@@ -220,6 +236,10 @@ def test_session_in_a_terminal(model_folder: Path, tmp_path: Path) -> None:
     send("set temperature 1.5", "temperature 1.5, top_k 40")
     send("seed 7", "max_tokens 3, stop none, seed 7")
     send("Fellow citizens", "\r\nFellow citizens", "3 tokens in", "seed 7")
+    child.sendline("Fellow\\")
+    child.expect_exact("... ")
+    send("citizens", "\r\nFellow\r\ncitizens", "3 tokens in")
+    send("war " * 60, "war war\r\nwar war", "3 tokens in")
     child.send("half a line")
     child.expect_exact("half a line")
     interrupt()
@@ -228,6 +248,7 @@ def test_session_in_a_terminal(model_folder: Path, tmp_path: Path) -> None:
     child.expect_exact("\r\nThe war")
     child.expect(r"[^\r\n]{30}")  # it streams
     interrupt()
+    assert re.search(r"\d+ tokens in .*, seed 7", child.before)
     send("reset", "temperature 0.7, top_k 40", "max_tokens 3, ", "seed none")
     child.send("\x1b[A\x1b[A")  # up, beyond reset
     send("", "The war", "\r\nThe war", "3 tokens in")
@@ -236,6 +257,21 @@ def test_session_in_a_terminal(model_folder: Path, tmp_path: Path) -> None:
     child.close()
     assert child.exitstatus == 0
     assert "The war" in history.read_text(encoding="utf-8").replace("\\040", " ")  # libedit's space
+
+
+@pytest.mark.skipif("libedit" in (readline.__doc__ or ""), reason="libedit knows no pasted lines")
+def test_pasted_lines_are_one_prompt(model_folder: Path, tmp_path: Path) -> None:
+    arguments = [str(SRC / "infer.py"), "--model", str(model_folder), "--device", "cpu", "-t", "1"]
+    environment = {"PATH": "/usr/bin:/bin", "TERM": "xterm", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+    child = pexpect.spawn(sys.executable, arguments, env=environment, encoding="utf-8", timeout=60)
+    child.expect_exact("> ")
+    child.send("\x1b[200~Fellow\ncitizens\x1b[201~\r")
+    child.expect_exact("1 tokens in")
+    assert "Fellow\r\ncitizens" in child.before  # readline shows it with another \r
+    child.sendline("quit")
+    child.expect_exact(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0 and "tokens in" not in child.before
 
 
 def test_quantize_is_for_the_text(run_infer: Infer, monkeypatch: pytest.MonkeyPatch) -> None:

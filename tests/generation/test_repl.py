@@ -1,15 +1,19 @@
 """Which of a session's lines are commands, which are prompts; and what the text of a setting means."""
 
+import io
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpt2.generation import repl
 from gpt2.generation.engine import GenerationSettings
-from gpt2.generation.repl import change, edit_lines, find_command
+from gpt2.generation.repl import Lines, change, edit_lines, find_command, read_line
 
 ErrorLine = Callable[[Callable[[], object]], str]
 
@@ -30,7 +34,20 @@ def test_commands(line: str, words: list[str], slash: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["", "Help", "quit your job", "set", "set top_k", "set the table", "set top_kk 1", "seed capital", " /help"]
+    "line",
+    [
+        "",
+        "Help",
+        "quit your job",
+        "set",
+        "set top_k",
+        "set the table",
+        "set top_kk 1",
+        "seed capital",
+        " /help",
+        "/a\nb",
+        "seed\n5",
+    ],
 )
 def test_prompts(line: str) -> None:
     assert find_command(line) == []
@@ -66,6 +83,32 @@ def test_a_settings_text_is_what_it_says(name: str, text: str, value: Any) -> No
 )
 def test_other_texts_are_refused(name: str, text: str, error_line: ErrorLine) -> None:
     assert error_line(lambda: change(GenerationSettings(), name, text)).startswith(f"error: settings: {name} ")
+
+
+WORDS = st.lists(st.text("aé", min_size=1, max_size=5), min_size=1, max_size=20)
+
+
+@given(paragraphs=st.lists(WORDS, max_size=4), width=st.integers(5, 12), cut=st.integers(1, 9))
+def test_words_stay_whole_however_they_arrive(paragraphs: list[list[str]], width: int, cut: int) -> None:
+    text = "\n\n".join(map(" ".join, paragraphs))
+    lines = Lines(width)
+    shown = "".join(lines.push(text[start : start + cut]) for start in range(0, len(text), cut)) + lines.finish()
+    assert shown == "\n\n".join(textwrap.fill(" ".join(words), width) for words in paragraphs)
+
+
+def test_long_and_wide_words_and_indents() -> None:
+    lines = Lines(6)
+    assert lines.push("  ab 中文 abcdefgh 12 34 5") + lines.finish() == "  ab\n中文\nabcdefgh 12\n34 5"
+
+
+def test_without_a_terminal_the_text_is_exact() -> None:
+    lines = Lines(None)
+    assert lines.push("a  b \n") + lines.push(" c ") + lines.finish() == "a  b \n c "
+
+
+def test_a_backslash_continues_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\\\n two\\\nthree\nfour\\\n"))
+    assert [read_line("", ""), read_line("", "")] == ["one\n two\nthree", "four"]
 
 
 def test_python_without_readline_has_sessions_too(monkeypatch: pytest.MonkeyPatch) -> None:

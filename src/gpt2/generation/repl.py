@@ -2,9 +2,12 @@
 
 import ast
 import atexit
+import os
 import re
+import shutil
 import sys
 import time
+import unicodedata
 from collections import deque
 from contextlib import suppress
 
@@ -25,7 +28,9 @@ Type a prompt, or one of these commands:
   help             show this text
   quit             leave (so does Ctrl-D); Ctrl-C stops a text
 Every other line is a prompt, also "help me" or "set the table".
-A line that begins with / is always a command, like /help; a line that begins with a space is always a prompt."""
+A line that begins with / is always a command, like /help; a line that begins with a space is always a prompt.
+A line that ends with \\ goes on in the next one. Several lines pasted at once are one prompt, where the terminal marks
+them."""
 
 NAMES = "|".join(GenerationSettings.model_fields)
 COMMAND = re.compile(rf"help|settings|reset|quit|exit|seed\s+(-?\d+|none)|set\s+({NAMES})\s+\S.*")
@@ -50,12 +55,12 @@ class TypedSettings(GenerationSettings, strict=False):
 def converse(engine: Engine, settings: GenerationSettings) -> None:
     """Obey the lines of standard input until it ends or the user quits. Raises UserError if it is not UTF-8."""
     at_start, on_terminal = settings, sys.stdin.isatty() and sys.stdout.isatty()
-    inform(HELP)
+    inform(f"{HELP}\n{show(settings)}")
     if on_terminal:
         edit_lines()
     while True:
         try:
-            line = input("> " if on_terminal else "").removeprefix(BYTE_ORDER_MARK)
+            line = read_line(*("> ", "... ") if on_terminal else ("", "")).removeprefix(BYTE_ORDER_MARK)
             match find_command(line):
                 case []:
                     if prompt := line.strip():
@@ -86,8 +91,20 @@ def converse(engine: Engine, settings: GenerationSettings) -> None:
             print()
 
 
+def read_line(prompt: str, more: str) -> str:
+    """Return a line of standard input, and the next one if it ends with a backslash. Raises EOFError at the end."""
+    line = input(prompt)
+    while line.endswith("\\"):
+        line = line[:-1]
+        with suppress(EOFError):
+            line += f"\n{input(more)}"
+    return line
+
+
 def find_command(line: str) -> list[str]:
     """Return the words of a command, or none of a prompt. Raises UserError if a line that begins with / is neither."""
+    if "\n" in line:
+        return []
     command = line.removeprefix("/").rstrip()
     if COMMAND.fullmatch(command):
         return command.split(maxsplit=2)
@@ -108,6 +125,8 @@ def edit_lines() -> None:
     with suppress(ImportError, OSError):  # Python may lack readline, and the folder may be read-only
         import readline  # from here on it serves input()
 
+        if os.environ.get("TERM", "dumb") != "dumb":
+            readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off
         readline.set_history_length(HISTORY_LINES)
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -116,21 +135,69 @@ def edit_lines() -> None:
 
 
 def print_text(engine: Engine, request: Request) -> None:
-    """Print the prompt and, token by token, what follows it; then the seed, time and speed on standard error.
+    """Print the prompt and, as they come, the words after it; then the seed, time and speed on standard error.
 
-    Control characters that the model writes are shown as \\x1b and the like, since a terminal would obey them.
+    Control characters that the model writes are shown as \\x1b and the like, since a terminal would obey them. On
+    Ctrl-C the text ends, and KeyboardInterrupt is raised in the end.
     """
     if (cut := len(request.tokens) - engine.max_len) > 0:
         inform(f"the prompt has {len(request.tokens)} tokens; the first {cut} are cut, beyond its context")
-    started = time.perf_counter()
-    print(request.prompt, end="", flush=True)
+    lines = Lines(shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+    started, interrupted = time.perf_counter(), False
     try:
+        print(lines.push(request.prompt), end="", flush=True)
         for _, part in engine.generate(deque([request])):
-            print(part.translate(ESCAPES), end="", flush=True)
+            print(lines.push(part.translate(ESCAPES)), end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
     finally:
-        print(flush=True)
+        print(lines.finish(), flush=True)
     seconds, count = time.perf_counter() - started, request.generated
     inform(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, seed {request.seed}")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+class Lines:
+    """Breaks a text that grows into lines of at most `width` columns, between words; not at all without a width."""
+
+    def __init__(self, width: int | None) -> None:
+        self._width, self._column, self._spaces, self._word = width or 0, 0, "", ""
+
+    def push(self, text: str) -> str:
+        """Add to the text; return what can be shown now: all but a last word that may go on."""
+        if not self._width:
+            return text
+        shown = ""
+        for character in text:
+            if character == "\n":
+                shown += self.finish() + "\n"
+                self._column, self._spaces = 0, ""
+            elif character == " ":
+                shown += self.finish()
+                self._spaces += " "
+            else:
+                self._word += character
+        return shown
+
+    def finish(self) -> str:
+        """Return the last word, on a line of its own if it does not fit."""
+        if not self._word:
+            return ""
+        shown, columns = self._spaces + self._word, count_columns(self._word)
+        if self._column and self._column + len(self._spaces) + columns > self._width:
+            shown, self._column = f"\n{self._word}", columns
+        else:
+            self._column += len(self._spaces) + columns
+        if self._column > self._width:  # the terminal breaks such a word
+            self._column = (self._column - 1) % self._width + 1
+        self._spaces = self._word = ""
+        return shown
+
+
+def count_columns(word: str) -> int:
+    """Return how many columns of a terminal a word takes: two for each Chinese character and the like."""
+    return sum(0 if unicodedata.combining(one) else 1 + (unicodedata.east_asian_width(one) in "WF") for one in word)
 
 
 def show(settings: GenerationSettings) -> str:
