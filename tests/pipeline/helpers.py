@@ -66,10 +66,15 @@ def assert_complete(checkout: Path, run: Run, max_steps: int, server: str | None
     assert {"gpt2.train_key", "gpt2.model_sha256", "mlflow.source.git.commit"} <= set(run.data.tags)
     samples = {f"sample/{name}" for name in ("distinct_1", "distinct_2", "distinct_3", "repetition", "copied_8grams")}
     curves = {"train/loss", "train/learning_rate", "train/tokens_per_second", "val/loss"}
-    for name in curves | samples | {"test/loss", "test/perplexity", "test/bits_per_byte"}:
+    for name in curves:
         steps = [point.step for point in client.get_metric_history(run_id, name)]
         assert steps and max(steps) == max_steps and len(steps) == len(set(steps)), name
-    assert run.inputs and [one.dataset.name for one in run.inputs.dataset_inputs] == ["data/raw"]
+    for name in samples | {"test/loss", "test/perplexity", "test/bits_per_byte", "val/full_loss", "train/tokens"}:
+        assert [point.step for point in client.get_metric_history(run_id, name)] == [0], name
+    assert int(run.data.params["model.parameters"]) > 0
+    assert run.inputs
+    contexts = [(one.dataset.name, one.tags[0].value) for one in run.inputs.dataset_inputs]
+    assert sorted(contexts) == [("data/raw", "test"), ("data/raw", "training"), ("data/raw", "validation")]
     location = "mlflow-artifacts:/" if server else f"{checkout.as_uri()}/mlartifacts/"
     assert str(run.info.artifact_uri).startswith(location)
     artifacts = {

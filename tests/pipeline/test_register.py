@@ -26,6 +26,24 @@ def test_a_version_tells_how_to_make_it_again(checkout: Path, shell: Shell, repr
     assert shell(f"set -e\n{all_installed}").stdout.splitlines()[-1].split()[0] == made
 
 
+def test_a_version_is_described(checkout: Path, shell: Shell, reproduced: object) -> None:
+    (run,) = runs_by_name(checkout).values()
+    client = client_of(checkout)
+    version = client.get_model_version_by_alias("gpt2", "champion")
+    perplexity = json.loads((checkout / "data/metrics/evaluate.json").read_text())["perplexity"]
+    assert version.tags["test_perplexity"] == f"{perplexity:,.1f}" and version.tags["steps"] == "6"
+    assert f"(test {perplexity:,.1f};" in str(version.description).splitlines()[0]
+    assert client.get_registered_model("gpt2").description
+    assert run.data.tags["mlflow.note.content"].startswith("params.yaml as it is (commit ")
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert model.name == run.info.run_name
+    results = {name: value for name, value in run.data.metrics.items() if name.partition("/")[0] in ("test", "sample")}
+    assert results.items() <= {metric.key: metric.value for metric in model.metrics or []}.items()
+    address = f"http://127.0.0.1:5000/#/experiments/{run.info.experiment_id}/runs?workflowType=machine_learning"
+    assert address in shell("python src/register.py").stdout
+    assert_complete(checkout, runs_by_name(checkout)[str(run.info.run_name)], max_steps=6)
+
+
 def test_a_version_outlives_its_run(checkout: Path, shell: Shell, reproduced: object) -> None:
     (run,) = runs_by_name(checkout).values()
     client_of(checkout).delete_run(run.info.run_id)

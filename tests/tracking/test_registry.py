@@ -1,4 +1,4 @@
-"""Models that are not there, or are not what was registered, are refused; how to make a version again."""
+"""What a version shows and how to make it again; models that are not there, or not what was registered, are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +8,15 @@ import mlflow
 import pytest
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
+from gpt2.config import ModelConfig
+from gpt2.data.tokenizer import VOCAB_SIZE
+from gpt2.model.gpt2 import GPT2Model
+from gpt2.model.weights import save_model
 from gpt2.tracking import registry
 from gpt2.tracking import store as stores
+from gpt2.tracking.card import Card, describe
 from gpt2.tracking.provenance import reproduction
-from gpt2.tracking.registry import fetch_model
+from gpt2.tracking.registry import RUN_ID, SIGNATURE, TEST_LOSS, fetch_model, logged_model_of
 from gpt2.tracking.runs import MODEL_SHA256
 from gpt2.tracking.store import open_store
 
@@ -94,3 +99,36 @@ def test_a_damaged_store_is_told_so(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(stores, "main_root", lambda: tmp_path)
     assert "MLflow's store fails (" in error_line(lambda: fetch_model("models:/gpt2@champion"))
+
+
+def test_a_version_and_its_logged_model_show_the_results_of_the_run(
+    tmp_path: Path,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_model: Callable[..., GPT2Model],
+    make_config: Callable[..., ModelConfig],
+) -> None:
+    for name in ("LINEAGE", "PARAMS", "DOCUMENTS"):
+        (tmp_path / name.lower()).touch()
+        monkeypatch.setattr(registry, name, tmp_path / name.lower())
+    monkeypatch.setattr(registry, "MODEL", tmp_path / "model")
+    sizes = {"vocab_size": VOCAB_SIZE, "random": True}
+    digest = save_model(make_model(**sizes), make_config(vocab_size=VOCAB_SIZE), tmp_path / "model")
+    shown, client = {"val_perplexity": "117.0"}, mlflow.MlflowClient()
+    with mlflow.start_run(experiment_id=open_store(), run_name="lr/0.5") as run:
+        mlflow.log_metrics({"val/loss": 9.0, "test/loss": 4.0, "system/cpu_utilization_percentage": 1.0}, step=0)
+        mlflow.set_tag(MODEL_SHA256, digest)
+        for _ in range(2):
+            made = registry.register("shown", run, {MODEL_SHA256: digest}, {TEST_LOSS: "4.0"}, shown)
+            describe(made, Card("Perplexity 117.0", shown, "A body", "A sample"), "champion")
+    found = client.get_model_version("shown", "1")
+    assert list(found.tags) == ["val_perplexity", MODEL_SHA256, TEST_LOSS, RUN_ID]
+    assert str(found.description).startswith("Perplexity 117.0\n\nA body")
+    assert "champion" in str(client.get_registered_model("shown").description)
+    model = client.get_logged_model(str(logged_model_of(found)))
+    assert model.name == "lr-0-5" and model.tags["mlflow.note.content"] == found.description
+    assert [(metric.key, metric.value) for metric in model.metrics or []] == [("test/loss", 4.0)]
+    assert len(client.get_metric_history(run.info.run_id, "test/loss")) == 1
+    info = mlflow.models.get_model_info("models:/shown/1")
+    assert info.signature == SIGNATURE and info.saved_input_example_info
+    assert fetch_model(f"runs:/{run.info.run_id}/model") == fetch_model("models:/shown/1")
