@@ -19,6 +19,7 @@ from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, PLOTS, REPORT, SAMP
 from gpt2.data import tokenizer
 from gpt2.data.batches import load_tokens
 from gpt2.evaluation.attention_weights import attention_weights
+from gpt2.evaluation.perplexity import summarize
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, read_config
 from gpt2.report import tables
@@ -105,6 +106,9 @@ def read_results(model: str) -> tuple[Any, Any, Any, pd.DataFrame, pd.DataFrame]
         if result["model"] != model:
             raise UserError(f"the results of stage {stage} are not of the model in {MODEL}; run `dvc repro`")
     documents = pd.read_csv(TOKENS / "documents.csv", dtype={"document": str}, keep_default_na=False)
+    tokens, text_bytes = documents.loc[documents["split"] == "val", ["tokens", "bytes"]].sum()
+    val = summarize(evaluated["val_loss"], int(tokens), int(text_bytes))
+    evaluated |= {f"val_{name}": value for name, value in val.items()}
     samples = pd.read_csv(SAMPLES / "samples.csv", dtype=str, keep_default_na=False)
     return lineage, evaluated, sampled, documents, samples
 
