@@ -1,17 +1,18 @@
-"""MLflow's pages in a real browser: charts of runs, two runs side by side, a version with its card."""
+"""MLflow's pages and the report in a real browser: what a person sees, not only that a server answers."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from pipeline.helpers import COMMIT_RESULTS, Shell, client_of, free_port, running, runs_by_name
+from pipeline.helpers import COMMIT_RESULTS, Shell, free_port, running, runs_by_name
 
 pytestmark = pytest.mark.slow
-SCREENSHOTS = Path(__file__).parent
-CURVES = re.compile(r"js-line|lines|scatterlayer")
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +41,48 @@ def page(browser: Browser) -> Iterator[Page]:
 
 
 def test_the_printed_address_shows_the_curves_of_all_runs(
-    page: Page, address: str, checkout: Path, compared: dict[str, str], reproduced: str
+    page: Page, address: str, compared: dict[str, str], reproduced: str
 ) -> None:
     printed = re.search(r"http://127.0.0.1:5000(/#/experiments/\S+)", reproduced)
-    assert printed
+    assert printed and len(compared) == 3
     page.goto(address + printed[1])
     for name in compared:
         expect(page.get_by_text(name, exact=True).first).to_be_visible()
     chart = page.get_by_text("train/loss", exact=True).first
     chart.scroll_into_view_if_needed()
     expect(chart).to_be_visible()
-    page.wait_for_selector(".scatterlayer .trace path.js-line", state="attached")
-    page.wait_for_timeout(1500)
-    assert len(page.query_selector_all(".scatterlayer .trace path.js-line")) >= 3
+    expect(page.locator("path.js-line").nth(2)).to_be_attached()  # a curve for each run
+
+
+def test_two_runs_side_by_side_show_the_parameter_that_differs(
+    page: Page, address: str, compared: dict[str, str]
+) -> None:
+    runs = [run_id for name, run_id in compared.items() if name != "longer"]
+    page.goto(f"{address}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(json.dumps(['1']))}")
+    expect(page.get_by_text("train.learning_rate").first).to_be_visible()
+    expect(page.get_by_text("0.0005").first).to_be_visible()
+    expect(page.get_by_text("0.002").first).to_be_visible()
+
+
+def test_a_version_shows_its_figures_and_its_card(page: Page, address: str, compared: object) -> None:
+    page.goto(f"{address}/#/models/gpt2/versions/1")
+    expect(page.get_by_text(re.compile("validation perplexity")).first).to_be_visible()
+    expect(page.get_by_text(re.compile("test perplexity")).first).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_opens_from_the_disk_without_network(
+    browser: Browser, checkout: Path, compared: object, scheme: str
+) -> None:
+    page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme=scheme, offline=True)
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((checkout / "data" / "report" / "index.html").as_uri())
+    for heading in ("Results", "Loss during the training", "Calibration", "Attention", "Samples"):
+        expect(page.get_by_role("heading", name=re.compile(heading)).first).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    brightness = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3)")
+    assert (max(map(int, brightness)) < 128) == (scheme == "dark")
+    assert page.locator("img, svg").count() >= 6
+    assert not [url for url in requests if not url.startswith(("file:", "data:"))]
+    page.close()
