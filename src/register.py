@@ -58,7 +58,7 @@ def register_results() -> None:
         measured = measured_tags()
         made_from = lineage_tags(lineage) | {MODEL_SHA256: read_config(MODEL)[1]}
         card = read_card(params, lineage)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"the results cannot be read ({error!r}); run `dvc repro`") from None
     name, alias = params.register_.name, params.register_.alias
     with mirror_run(params, lineage, made_from[MODEL_SHA256]) as run:

