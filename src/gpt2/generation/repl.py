@@ -142,7 +142,7 @@ def print_text(engine: Engine, request: Request) -> None:
     """
     if (cut := len(request.tokens) - engine.max_len) > 0:
         inform(f"the prompt has {len(request.tokens)} tokens; the first {cut} are cut, beyond its context")
-    lines = Lines(shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+    lines = Lines(shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else None)
     started, interrupted = time.perf_counter(), False
     try:
         print(lines.push(request.prompt), end="", flush=True)
