@@ -41,9 +41,17 @@ def data(
     rows, tokens = [], [np.empty(0, np.uint16)]
     for document, text in texts.items():
         ids = np.array([*tokenizer.encode(text), tokenizer.END_OF_TEXT_ID], np.uint16)
-        rows.append({"document": document, "split": "test", "first_token": sum(map(len, tokens)), "tokens": len(ids), "bytes": 4 * len(ids)})
+        rows.append(
+            {
+                "document": document,
+                "split": "test",
+                "first_token": sum(map(len, tokens)),
+                "tokens": len(ids),
+                "bytes": 4 * len(ids),
+            }
+        )
         tokens.append(ids)
-    rows.insert(0, {"document": "000 1789 Washington", "split": "train", "first_token": 0, "tokens": 1, "bytes": 4})
+    rows.insert(0, {"document": "000 1789 Washington", "split": "val", "first_token": 0, "tokens": 1, "bytes": 4})
     (tmp_path / "tokens").mkdir()
     np.concatenate(tokens).tofile(tmp_path / "tokens/test.bin")
     pd.DataFrame(rows).to_csv(tmp_path / "tokens/documents.csv", index=False)

