@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote
 
 import pytest
@@ -72,7 +73,7 @@ def test_a_version_shows_its_figures_and_its_card(page: Page, address: str, comp
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_report_opens_from_the_disk_without_network(
-    browser: Browser, checkout: Path, compared: object, scheme: str
+    browser: Browser, checkout: Path, compared: object, scheme: Literal["light", "dark"]
 ) -> None:
     page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme=scheme, offline=True)
     requests: list[str] = []
