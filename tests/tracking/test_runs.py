@@ -292,9 +292,9 @@ def test_the_run_of_a_killed_experiment_is_resumed_under_another_name(
 def test_a_run_of_another_program_is_never_taken_over(
     params: Params, monkeypatch: pytest.MonkeyPatch, store: Path
 ) -> None:
+    open_store()
     client = mlflow.MlflowClient()
     foreign = client.create_run(client.create_experiment("foreign"), run_name="foreign")
-    open_store()
     monkeypatch.setenv("MLFLOW_RUN_ID", foreign.info.run_id)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "foreign")
     with training_run(params, LINEAGE) as log_metrics:
