@@ -14,7 +14,7 @@ from gpt2.config import Params, champion_uri, load_params
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.errors import UserError
 from gpt2.core.files import read_json, write_json
-from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, RECEIPT, SAMPLES, TOKENS
+from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, RECEIPT, REPORT, SAMPLES, TOKENS
 from gpt2.model.weights import read_config, short_name
 from gpt2.tracking.card import describe, read_card
 from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, choose_champion, promote
@@ -81,7 +81,8 @@ def check_parameters(params: Params, lineage: Lineage) -> None:
     """
     evaluated, sampled = (read_json(METRICS / f"{stage}.json") for stage in ("evaluate", "sample"))
     recorded = {name: lineage[name] for name in ("prepare", "model", "train", "runtime")}
-    recorded |= {"evaluate": {"stride": evaluated["stride"]}, "sample": read_json(SAMPLES / "params.json")}
+    recorded |= {"sample": read_json(SAMPLES / "params.json"), "report": read_json(REPORT / "params.json")}
+    recorded["evaluate"] = {"stride": evaluated["stride"]}
     compared: Any = dict.fromkeys(recorded, True) | {"evaluate": {"stride"}}
     changes = differences(recorded, params.model_dump(include=compared))
     if changes:

