@@ -5,25 +5,22 @@ import io
 import math
 import os
 import sys
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
-from itertools import islice, pairwise, zip_longest
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
-from unicodedata import east_asian_width
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpt2.config import champion_uri
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import use_threads
 from gpt2.core.environment import MLFLOW_DEFAULTS
-from gpt2.core.errors import UserError
+from gpt2.core.errors import NoModelError, UserError
 from gpt2.core.files import atomic_write
 from gpt2.core.paths import PARAMS, ROOT, main_root
 from gpt2.data import tokenizer
@@ -31,12 +28,19 @@ from gpt2.data.batches import SeenMask, TrainingBatches
 from gpt2.data.corpus import read_corpus
 from gpt2.evaluation.attention_weights import attention_weights
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
-from gpt2.generation.repl import ESCAPES
 from gpt2.model.gpt2 import GPT2Model, MultiHeadAttention
 from gpt2.model.weights import load_model
-from gpt2.report.attention import draw_heads, terminal_map, terminal_maps, token_labels
+from gpt2.report.attention import draw_heads, token_labels
+from gpt2.report.terminal import (
+    COLUMN,
+    WIDTH,
+    output_shapes,
+    print_columns,
+    print_modules,
+    terminal_map,
+    terminal_maps,
+)
 
-WIDTH, COLUMN = 80, 25  # characters
 SEED = 1234
 PARTS = ("architecture", "generation", "training", "attention")
 
@@ -264,9 +268,7 @@ def find_model() -> tuple[GPT2Model, SeenMask | None, str]:
 
     try:
         model, config, seen = load_model(fetch_model(uri))
-    except UserError as error:
-        if not str(error).startswith("no model at"):
-            raise
+    except NoModelError:
         print("no registered model yet: an untrained one of the same shape")
         return untrained(SHAPE), None, "an untrained model"
     if config.vocab_size != tokenizer.VOCAB_SIZE:
@@ -287,45 +289,6 @@ def count_by_hand(shape: dict[str, Any]) -> int:
     block = (4 * c * c + c) + (c * f + f) + (f * c + c) + 2 * norm
     embeddings = shape["vocab_size"] * c + shape["max_len"] * c
     return embeddings + shape["n_layers"] * block + norm + c * shape["vocab_size"]
-
-
-@torch.no_grad()
-def output_shapes(model: GPT2Model, tokens: Tensor) -> dict[nn.Module, str]:
-    """Return the shape of what each module gives in a forward pass of token ids (B, T)."""
-    shapes: dict[nn.Module, str] = {}
-
-    def note(module: nn.Module, _: Any, output: Tensor) -> None:
-        shapes[module] = str(tuple(output.shape))
-
-    hooks = [module.register_forward_hook(note) for module in model.modules()]
-    model(tokens)
-    for hook in hooks:
-        hook.remove()
-    return shapes
-
-
-def print_modules(module: nn.Module, shapes: dict[nn.Module, str], name: str = "model", depth: int = 0) -> None:
-    """Print a line for a module and each one in it; of a list of equal ones, those in the first alone."""
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    left = f"{'  ' * depth}{name}: {type(module).__name__}"
-    print(f"{left:44}{shapes.get(module, ''):16}{parameters:>12,}")
-    for i, (child_name, child) in enumerate(module.named_children()):
-        if not isinstance(module, nn.ModuleList) or i == 0:
-            print_modules(child, shapes, child_name, depth + 1)
-        elif i == 1:
-            print(f"{'  ' * (depth + 1)}... and {len(module) - 1} more of the same shape")
-
-
-def print_columns(texts: Sequence[str]) -> None:
-    """Print texts side by side, without the characters that a terminal would obey or that are not one column wide."""
-    wrapped = [textwrap.wrap("".join(map(one_column, text.strip().translate(ESCAPES))), COLUMN) for text in texts]
-    for row in zip_longest(*wrapped, fillvalue=""):
-        print("  ".join(f"{line:{COLUMN}}" for line in row).rstrip())
-
-
-def one_column(character: str) -> str:
-    fits = character in "\n\t" or (character.isprintable() and east_asian_width(character) not in "WF")
-    return character if fits else "\ufffd"
 
 
 @torch.no_grad()

@@ -91,6 +91,21 @@ def make_model() -> Callable[..., GPT2Model]:
     return make
 
 
+@pytest.fixture(scope="module")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[..., GPT2Model],
+    make_config: Callable[..., ModelConfig],
+) -> Path:
+    """The folder of a tiny model of GPT-2's vocabulary."""
+    from gpt2.data.tokenizer import VOCAB_SIZE
+    from gpt2.model.weights import save_model
+
+    folder = tmp_path_factory.mktemp("model")
+    save_model(make_model(vocab_size=VOCAB_SIZE), make_config(vocab_size=VOCAB_SIZE), folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def make_train_params(shipped_text: str) -> Callable[..., TrainParams]:
     section = yaml.safe_load(shipped_text)["train"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import demo
-from gpt2.config import ModelConfig, SamplingParams
+from gpt2.config import SamplingParams
 from gpt2.core.cli import run_command
 from gpt2.core.errors import UserError
 from gpt2.data import tokenizer
@@ -23,7 +23,6 @@ from gpt2.generation import engine
 from gpt2.generation.engine import Engine
 from gpt2.generation.sampling import draw
 from gpt2.model.gpt2 import GPT2Model, MultiHeadAttention
-from gpt2.model.weights import save_model
 from gpt2.tracking import registry
 
 Demo = Callable[..., tuple[int, str, str]]
@@ -31,17 +30,6 @@ Demo = Callable[..., tuple[int, str, str]]
 FETCH_MODEL = registry.fetch_model
 SRC = Path(__file__).parents[1] / "src"
 TINY = demo.SHAPE | {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 32, "max_len": 16}
-
-
-@pytest.fixture(scope="module")
-def model_folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_model: Callable[..., GPT2Model],
-    make_config: Callable[..., ModelConfig],
-) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_model(make_model(vocab_size=tokenizer.VOCAB_SIZE), make_config(vocab_size=tokenizer.VOCAB_SIZE), folder)
-    return folder
 
 
 @pytest.fixture

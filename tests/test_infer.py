@@ -39,17 +39,6 @@ WRITES_NO_TEXT = "--score writes no text: it goes with --model, --device and --e
 TEXT = "The state of the Union is “naïve” 🦊.\r\n"
 
 
-@pytest.fixture(scope="module")
-def model_folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_model: Callable[..., GPT2Model],
-    make_config: Callable[..., ModelConfig],
-) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_model(make_model(vocab_size=tokenizer.VOCAB_SIZE), make_config(vocab_size=tokenizer.VOCAB_SIZE), folder)
-    return folder
-
-
 @pytest.fixture
 def run_infer(model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Infer:
     """Run infer.py with arguments and standard input; return its exit code, output and errors."""

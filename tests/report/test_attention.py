@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gpt2.data import tokenizer
-from gpt2.report.attention import draw_heads, terminal_map, terminal_maps, token_labels
+from gpt2.report.attention import draw_heads, token_labels
+from gpt2.report.terminal import terminal_map, terminal_maps
 
 LABELS = ["The", "cat", "$x_$"]
 WEIGHTS = torch.tensor([[1, 0, 0], [0.25, 0.75, 0], [0.054, 0, 0.946]])

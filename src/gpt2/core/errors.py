@@ -5,6 +5,10 @@ class UserError(Exception):
     """A mistake that the user can mend; its message says how."""
 
 
+class NoModelError(UserError):
+    """There is no registered model yet, or none where it was looked for."""
+
+
 class Stopped(KeyboardInterrupt):
     """Work that ended because a signal asked for it; the message says how to resume."""
 

@@ -18,7 +18,7 @@ from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.utils.file_utils import get_local_path_or_none
 
-from gpt2.core.errors import UserError
+from gpt2.core.errors import NoModelError, UserError
 from gpt2.core.files import atomic_write, file_lock
 from gpt2.core.paths import LINEAGE, MODEL, PARAMS, TOKENS, main_root
 from gpt2.generation.engine import GenerationSettings
@@ -144,7 +144,10 @@ def verify(uri: str) -> str:
 
 @contextmanager
 def open_version(uri: str) -> Iterator[ModelVersion]:
-    """Read the store; yield the version that a URI names. Raises UserError if there is none, or the store fails."""
+    """Read the store; yield the version that a URI names. Raises NoModelError if there is none.
+
+    Raises UserError if the store fails.
+    """
     hint = "train one with `dvc repro`, or register what has been trained with `python src/register.py`"
     try:
         with read_store():
@@ -161,7 +164,7 @@ def open_version(uri: str) -> Iterator[ModelVersion]:
         if getattr(error, "error_code", None) not in NOT_THERE:
             raise UserError(f"MLflow's store fails ({message})") from None
         withdraw_receipt()
-        raise UserError(f"no model at {uri} ({message}); {hint}") from None
+        raise NoModelError(f"no model at {uri} ({message}); {hint}") from None
 
 
 def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:
