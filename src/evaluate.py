@@ -11,7 +11,6 @@ from gpt2.core.cli import run_command
 from gpt2.core.device import autocast, choose_device, choose_precision, use_threads
 from gpt2.core.files import read_json, write_json
 from gpt2.core.paths import METRICS, MODEL, PARAMS, TOKENS
-from gpt2.core.progress import Progress
 from gpt2.data.batches import load_tokens
 from gpt2.evaluation.perplexity import format_summary, mean_loss, summarize
 from gpt2.model.weights import load_model, short_name
@@ -26,9 +25,8 @@ def main() -> None:
     figures: dict[str, dict[str, float]] = {}
     for split in ("val", "test"):
         tokens = load_tokens(TOKENS / f"{split}.bin")
-        precision = choose_precision(params.runtime.precision, device)
-        with autocast(device, precision), Progress(f"evaluate {split}", len(tokens), brief=True) as progress:
-            loss = mean_loss(model, tokens, params.evaluate.stride, params.evaluate.batch_size, progress.advance)
+        with autocast(device, choose_precision(params.runtime.precision, device)):
+            loss = mean_loss(model, tokens, params.evaluate.stride, params.evaluate.batch_size, f"evaluate {split}")
         figures[split] = summarize(loss, len(tokens), splits[split]["bytes"])
         print(f"{split:4} {format_summary(figures[split])}", flush=True)
     # The test split's figures have the plain names. Models are selected by val_loss.

@@ -9,6 +9,7 @@ os.environ.update(OPENMP_DEFAULTS | os.environ)
 
 import pandas as pd
 import torch
+import vl_convert
 
 from gpt2.config import ReportParams, load_params
 from gpt2.core.cli import run_command
@@ -29,6 +30,7 @@ from gpt2.report.page import Results, page
 
 PASSAGE_TOKENS = 250  # coloured by surprise
 ATTENTION_TOKENS = 32  # more cannot be read
+VEGA_LITE = "5.20"  # that DVC's plots are written in
 
 
 def main() -> None:
@@ -48,10 +50,10 @@ def main() -> None:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the results cannot be read ({error!r}); run `dvc repro`") from None
 
-    print(f"predicting the {len(tokens):,} tokens of the test split, as evaluate does and in windows side by side")
     with autocast(device, choose_precision(params.runtime.precision, device)):
-        predicted = tables.predict(model, tokens, params.evaluate.stride, params.evaluate.batch_size)
-        by_window = tables.predict(model, tokens, model.max_len, params.evaluate.batch_size)
+        batch_size = params.evaluate.batch_size
+        predicted = tables.predict(model, tokens, params.evaluate.stride, batch_size, "predict the test split")
+        by_window = tables.predict(model, tokens, model.max_len, batch_size, "in windows side by side")
 
     is_test = documents["split"] == "test"
     by_document = tables.by_document(documents[is_test], predicted.losses)
@@ -91,6 +93,8 @@ def main() -> None:
                 write_text(folder / f"{name}.svg", picture)
         write_text(folder / "index.html", report)
         write_json(folder / "params.json", params.report.model_dump())
+        script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed", VEGA_LITE)
+        write_text(folder / "vega.js", script)  # for .dvc/plots.html
     print("open data/report/index.html in a browser")
 
 

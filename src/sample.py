@@ -10,6 +10,7 @@ from gpt2.core.cli import run_command
 from gpt2.core.device import choose_device, use_threads
 from gpt2.core.files import write_json, write_text
 from gpt2.core.paths import METRICS, MODEL, PARAMS, SAMPLES, TOKENS
+from gpt2.core.progress import Progress
 from gpt2.data.batches import load_tokens
 from gpt2.evaluation.text_metrics import measure
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
@@ -40,9 +41,11 @@ def sample(engine: Engine, params: SampleParams) -> tuple[pd.DataFrame, list[lis
         Request(prompt, GenerationSettings(**setting.model_dump(), max_tokens=params.max_tokens, seed=params.seed))
         for prompt, setting in asked
     ]
+    with Progress("sample", len(requests) * params.max_tokens, brief=True) as progress:
+        texts = engine.generate_all(requests, progress.advance)
     rows = [
         {"prompt": prompt, **setting.model_dump(), "seed": params.seed, "text": text}
-        for (prompt, setting), text in zip(asked, engine.generate_all(requests), strict=True)
+        for (prompt, setting), text in zip(asked, texts, strict=True)
     ]
     written = [request.tokens[len(request.tokens) - request.generated :] for request in requests]
     return pd.DataFrame(rows).astype({"top_k": "Int64"}), written

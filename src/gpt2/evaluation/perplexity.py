@@ -5,7 +5,7 @@ Shapes: B batch, T positions, S scored positions, R rows of logits, N tokens, V 
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.core.errors import UserError
+from gpt2.core.progress import Progress
 from gpt2.data.batches import Tokens
 from gpt2.data.tokenizer import END_OF_TEXT_ID
 from gpt2.model.gpt2 import GPT2Model
@@ -32,15 +33,24 @@ def sliding_windows(count: int, max_len: int, stride: int) -> Iterator[tuple[int
         scored = end
 
 
-@torch.inference_mode()
-def predictions(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def predictions(
+    model: GPT2Model, tokens: Tokens, stride: int, batch_size: int, name: str = "predict"
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield float32 logits (R, V) and the tokens (R,) that they predict, where the model is, for all tokens (N,).
 
-    The tokens come in order, and are read as they come; the first is predicted from <|endoftext|>. Raises UserError if
-    the stride is more than the model's context.
+    The tokens come in order, and are read as they come; the first is predicted from <|endoftext|>. A bar called `name`
+    shows how far they are. Raises UserError if the stride is more than the model's context.
     """
     if stride > model.max_len:
         raise UserError(f"stride {stride} is more than the model's max_len {model.max_len}")
+    with Progress(name, len(tokens), brief=True) as progress:
+        for logits, targets in _predictions(model, tokens, stride, batch_size):
+            yield logits, targets
+            progress.advance(len(targets))
+
+
+@torch.inference_mode()
+def _predictions(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     device = model.output_projection.weight.device
     windows = sliding_windows(len(tokens), model.max_len, stride)
     for (_, scored), group in itertools.groupby(windows, lambda window: (window[1] - window[0], window[1] - window[2])):
@@ -53,17 +63,11 @@ def predictions(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) 
                 yield model.output_projection(rows).float(), predicted
 
 
-def mean_loss(
-    model: GPT2Model, tokens: Tokens, stride: int, batch_size: int, advance: Callable[[int], object] = lambda _: None
-) -> float:
-    """Return the mean loss of tokens (N,) in nats; call advance(count) after so many tokens each time.
-
-    Raises UserError if the loss is not finite; see also `predictions`.
-    """
+def mean_loss(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int, name: str = "predict") -> float:
+    """Return the mean loss of tokens (N,) in nats. Raises UserError if it is not finite; see also `predictions`."""
     total = 0.0
-    for logits, targets in predictions(model, tokens, stride, batch_size):
+    for logits, targets in predictions(model, tokens, stride, batch_size, name):
         total += F.cross_entropy(logits, targets, reduction="none").double().sum().item()
-        advance(len(targets))
     return check_finite(total / len(tokens))
 
 

@@ -7,7 +7,7 @@ longer prompt the last ones; when a text has filled the context, its later half 
 
 import secrets
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Annotated
 
 import torch
@@ -106,12 +106,13 @@ class Engine:
                         running[slot] = last
                         self._decoder.move(len(running), slot)
 
-    def generate_all(self, requests: Iterable[Request]) -> list[str]:
-        """Return the text that follows each prompt, whole."""
+    def generate_all(self, requests: Iterable[Request], advance: Callable[[], object] = lambda: None) -> list[str]:
+        """Return the text that follows each prompt, whole; call `advance` after each token."""
         waiting = deque(requests)
         parts: dict[Request, list[str]] = {request: [] for request in waiting}
         for request, part in self.generate(waiting):
             parts[request].append(part)
+            advance()
         return ["".join(found) for found in parts.values()]
 
     def _next_logits(self, running: list[Request]) -> Tensor:

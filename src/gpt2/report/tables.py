@@ -28,10 +28,10 @@ class Predictions(NamedTuple):
     hits: NDArray[np.float64]
 
 
-def predict(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) -> Predictions:
+def predict(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int, name: str = "predict") -> Predictions:
     """Predict all tokens (N,) by `predictions`. Raises UserError if a loss is not finite."""
     found = []
-    for logits, targets in predictions(model, tokens, stride, batch_size):
+    for logits, targets in predictions(model, tokens, stride, batch_size, name):
         total = logits.logsumexp(-1)
         highest, most_likely = logits.max(-1)
         losses = total - logits.gather(-1, targets[:, None]).squeeze(-1)

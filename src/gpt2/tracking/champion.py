@@ -121,11 +121,15 @@ def _score_again(challenger: ModelVersion, rival: ModelVersion, params: Params) 
     split = load_tokens(TOKENS / "val.bin")
     spans = zip(new["first_token"], new["tokens"], strict=True)
     tokens = np.concatenate([split[first : first + count] for first, count in spans])
-    models = [load_model(artifacts_folder(version) / MODEL.name)[0] for version in (challenger, rival)]
+    versions = {f"version {one.version}": artifacts_folder(one) / MODEL.name for one in (challenger, rival)}
+    models = {name: load_model(folder)[0] for name, folder in versions.items()}
     device = choose_device(params.runtime.device)
-    stride = min(params.evaluate.stride, *(model.max_len for model in models))
+    stride = min(params.evaluate.stride, *(model.max_len for model in models.values()))
     with autocast(device, choose_precision(params.runtime.precision, device)):
-        losses = [mean_loss(model.to(device), tokens, stride, params.evaluate.batch_size) for model in models]
+        losses = [
+            mean_loss(model.to(device), tokens, stride, params.evaluate.batch_size, name)
+            for name, model in models.items()
+        ]
     return losses, f"scored again on {len(new)} of {len(validation)} validation documents, loss"
 
 

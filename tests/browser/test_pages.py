@@ -1,4 +1,4 @@
-"""MLflow's pages and the report in a real browser: what a person sees, not only that a server answers."""
+"""The pages of MLflow, the report and DVC in a real browser: what a person sees, not only that a server answers."""
 
 import json
 import re
@@ -85,5 +85,19 @@ def test_the_report_opens_from_the_disk_without_network(
     brightness = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3)")
     assert (max(map(int, brightness)) < 128) == (scheme == "dark")
     assert page.locator("img, svg").count() >= 6
+    assert not [url for url in requests if not url.startswith(("file:", "data:"))]
+    page.close()
+
+
+@pytest.mark.parametrize("command", ["dvc plots show", "dvc plots diff HEAD longer"])
+def test_plots_are_drawn_without_network(
+    browser: Browser, checkout: Path, shell: Shell, compared: object, command: str
+) -> None:
+    shell(command)
+    page = browser.new_page(offline=True)
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((checkout / "dvc_plots" / "index.html").as_uri())
+    expect(page.locator("canvas").nth(5)).to_be_visible()  # both losses on one chart, and each curve on its own
     assert not [url for url in requests if not url.startswith(("file:", "data:"))]
     page.close()
