@@ -1,5 +1,6 @@
 """The pages of MLflow, the report and DVC in a real browser: what a person sees, not only that a server answers."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -49,9 +50,10 @@ def test_the_printed_address_shows_the_curves_of_all_runs(
     page.goto(address + printed[1])
     for name in compared:
         expect(page.get_by_text(name, exact=True).first).to_be_visible()
-    page.get_by_placeholder("Search metric charts").fill("train/loss")
-    expect(page.get_by_text("train/loss", exact=True).first).to_be_visible()
-    expect(page.locator("path.js-line").nth(2)).to_be_attached()  # a curve for each run
+    expect(page.get_by_text("train/loss vs val/loss").first).to_be_visible()
+    for name, loss in itertools.product(compared, ("train/loss", "val/loss")):
+        expect(page.get_by_text(f"{name} ({loss})").first).to_be_visible()
+    expect(page.locator("path.js-line").nth(5)).to_be_attached()  # two curves for each run
 
 
 def test_two_runs_side_by_side_show_the_parameter_that_differs(

@@ -135,7 +135,7 @@ def test_an_experiment_says_where_to_look_and_keeps_what_a_person_writes(store: 
 
 
 def test_the_address_of_the_charts_is_of_the_store_in_use(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = "#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    page = "#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=losses"
     assert charts_address("1") == f"`mlflow ui`, then http://127.0.0.1:5000/{page}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
     assert charts_address("1").startswith('`mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"`')

@@ -4,6 +4,7 @@ It is what MLFLOW_TRACKING_URI names, else mlflow.db in the main checkout. Artif
 the folder mlartifacts. Their paths in the database are absolute, as MLflow expects.
 """
 
+import json
 import logging
 import os
 import sqlite3
@@ -31,12 +32,29 @@ ARTIFACTS = "mlartifacts"
 ABOUT = """\
 A run for each training of the pipeline, and its results.
 
-- **Charts** compare the runs: losses as curves, results of the whole run, such as `test/perplexity`, as bars.
+- **Charts** compare the runs: training and validation loss (dashed) as curves, results of the whole run as bars.
 - **Columns** of the table: `model.*` and `train.*` are the parameters; a run's description says what it changed.
 - **Compare** shows the parameters of two runs side by side, **Artifact view** (`samples/samples.json`) their texts.
 - **Artifacts** of a run: parameters and lineage in `config`, figures in `report`, texts in `samples`.
 - **Models**: the registered model of this name has a version for each set of weights; the best one is the champion.
 """
+# A view of the charts as MLflow's own button "Share" keeps it: both losses on one chart, above those of all metrics.
+VIEW = "losses"
+BOTH_LOSSES = {
+    "uuid": "losses",
+    "type": "LINE",
+    "metricSectionId": "losses",
+    "metricKey": "train/loss",
+    "selectedMetricKeys": ["train/loss", "val/loss"],
+    "xAxisKey": "step",
+    "lineSmoothness": 0,
+    "runsCountToCompare": 100,
+}
+SECTION = {"uuid": "losses", "name": "Loss", "display": True, "columns": 1, "cardHeight": 360}
+EXPERIMENT_TAGS = {
+    NOTE: ABOUT,
+    f"mlflow.sharedViewState.{VIEW}": json.dumps({"compareRunCharts": [BOTH_LOSSES], "compareRunSections": [SECTION]}),
+}
 PATH_COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -74,9 +92,9 @@ def open_store() -> str:
         if experiment is None:
             withdraw_receipt()  # it is of another store
             location = (database.parent / ARTIFACTS).as_uri() if database else None
-            return client.create_experiment(EXPERIMENT, artifact_location=location, tags={NOTE: ABOUT})
-        if NOTE not in experiment.tags:
-            client.set_experiment_tag(experiment.experiment_id, NOTE, ABOUT)
+            return client.create_experiment(EXPERIMENT, artifact_location=location, tags=EXPERIMENT_TAGS)
+        for name in EXPERIMENT_TAGS.keys() - experiment.tags.keys():
+            client.set_experiment_tag(experiment.experiment_id, name, EXPERIMENT_TAGS[name])
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
         return experiment.experiment_id
@@ -85,7 +103,8 @@ def open_store() -> str:
 def charts_address(experiment_id: str) -> str:
     """Return where a browser shows the charts of the experiment's runs, and the command that serves it."""
     uri, database = _locate()
-    page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    view = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={VIEW}"
+    page = f"#/experiments/{experiment_id}/runs?{view}"
     server = urlsplit(uri)
     if server.scheme in ("http", "https"):
         shown = server._replace(netloc=server.netloc.rpartition("@")[2])  # without a password
