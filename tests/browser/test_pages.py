@@ -100,6 +100,6 @@ def test_plots_are_drawn_without_network(
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
     page.goto((checkout / "dvc_plots" / "index.html").as_uri())
-    expect(page.locator("canvas").nth(5)).to_be_visible()  # both losses on one chart, and each curve on its own
+    expect(page.locator("svg.marks").nth(5)).to_be_visible()  # both losses on one chart, and each curve on its own
     assert not [url for url in requests if not url.startswith(("file:", "data:"))]
     page.close()
