@@ -60,4 +60,5 @@ def load_parent(name: str) -> Parent:
 
 def _is_huggingface_folder(path: Path) -> bool:
     """Tell whether a folder's configuration is of Hugging Face's kind, not of ours."""
-    return (path / CONFIG).exists() and "model_type" in dict(read_json(path / CONFIG))
+    raw = read_json(path / CONFIG) if (path / CONFIG).exists() else None
+    return isinstance(raw, dict) and "model_type" in raw
