@@ -59,13 +59,13 @@ def reproduction(version: ModelVersion, lineage: Lineage) -> str:
     parent = version.tags.get(PARENT, "")
     clone = f"../gpt2-{version.tags[MODEL_SHA256][:8]}"
     download = f"mlflow artifacts download --dst-path {clone} --artifact-uri {uri_of(version)}/artifacts"
-    apply = f"""python3 -c "import json; print(end=json.load(open('{LINEAGE.name}'))['diff'])" | git apply"""
+    apply = f"""python3 -c "import json; print(end=json.load(open('artifacts/{LINEAGE.name}'))['diff'])" | git apply"""
     lines = [
         "# To make it again, on the same machine:",
         f"git clone --quiet . {clone}",
         f"git -C {clone} checkout --quiet {lineage['commit']}",
         *([f"{download}/{LINEAGE.name}", f"(cd {clone} && {apply})"] if lineage["diff"] else []),
-        f"{download}/{PARAMS.name}",
+        f"{download}/{PARAMS.name} && cp {clone}/artifacts/{PARAMS.name} {clone}",
         *([f"cp -r data/raw {clone}/data/"] if lineage["prepare"]["source"] != "sotu" else []),
         *([f"cp -r data/pretrained {clone}/data/"] if parent.startswith("data/") else []),
         f"cd {clone}",
