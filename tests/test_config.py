@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 import yaml
+from dvc.utils.hydra import apply_overrides
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -188,9 +189,11 @@ def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, va
     [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
 )
 def test_the_name_of_a_model_of_openai_stands_for_its_shape(
-    shipped: dict[str, Any], name: str, parameters: int
+    tmp_path: Path, shipped_text: str, name: str, parameters: int
 ) -> None:
-    params = check(Params, changed(shipped, "train.initialization", "random") | {"model": name}, "params.yaml")
+    (tmp_path / "params.yaml").write_text(shipped_text)
+    apply_overrides(tmp_path / "params.yaml", [f"model={name}", "train.initialization=random"])  # `dvc exp run -S`
+    params = load_params(tmp_path / "params.yaml")
     with shapes_only():
         model = GPT2Model(**params.model.model_dump(), vocab_size=50257)
     assert model.count_parameters() == parameters

@@ -19,7 +19,7 @@ from gpt2.data.batches import load_tokens
 from gpt2.evaluation.perplexity import mean_loss
 from gpt2.model.weights import load_model
 from gpt2.tracking.registry import DOCUMENTS, NOT_THERE, artifacts_folder, fetch_model, find_version, is_lost
-from gpt2.tracking.runs import PARENT_SHA256
+from gpt2.tracking.runs import MODEL_SHA256, PARENT_SHA256
 from gpt2.tracking.store import STORE_ERRORS, open_store, store_lock
 
 VAL_LOSS, VERDICT = "gpt2.val_loss", "gpt2.verdict"
@@ -128,8 +128,11 @@ def _trained_on(version: ModelVersion) -> set[str]:
     if not path.exists():
         raise UserError("what it was trained on is not known")
     known = set(pd.read_csv(path).query("split == 'train'")["sha256"])
-    parent = find_version(mlflow.MlflowClient(), version.tags.get(PARENT_SHA256, ""))
-    return known | _trained_on(parent) if parent and not _is_same(parent, version) else known
+    started_from = version.tags.get(PARENT_SHA256, "")
+    if started_from == version.tags[MODEL_SHA256]:  # training changed nothing
+        return known
+    parent = find_version(mlflow.MlflowClient(), started_from)
+    return known | _trained_on(parent) if parent else known
 
 
 def _score_again(pair: tuple[ModelVersion, ModelVersion], new: pd.DataFrame, params: Params) -> list[float]:

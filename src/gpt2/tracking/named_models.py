@@ -33,7 +33,7 @@ def load_named(name: str) -> tuple[GPT2Model, ModelConfig, SeenMask | None]:
 
         return load_model(fetch_model(name))
     if name.startswith("hf:") or _is_huggingface_folder(Path(name)):
-        from gpt2.model.huggingface import load_huggingface
+        from gpt2.model.huggingface import load_huggingface  # type: ignore[import-not-found,unused-ignore]
 
         return *load_huggingface(name.removeprefix("hf:")), None
     return load_model(Path(name))
