@@ -12,12 +12,20 @@ from gpt2.core.device import choose_device, use_threads
 from gpt2.core.files import file_lock, read_json, write_json
 from gpt2.core.paths import CHECKOUT_LOCK, LINEAGE, METRICS, MODEL, PARAMS, PLOTS, TOKENS
 from gpt2.data.batches import load_seen, load_tokens
+from gpt2.model.seen_tokens import keep_rows
 from gpt2.model.weights import SEEN_TOKENS, save_model
-from gpt2.tracking.lineage import checkpoint_folder, collect_lineage, describe_saved_trainings, first_lineage
+from gpt2.tracking.lineage import (
+    checkpoint_folder,
+    collect_lineage,
+    describe_saved_trainings,
+    first_lineage,
+    with_parent,
+)
+from gpt2.tracking.named_models import load_parent
 from gpt2.tracking.runs import training_run
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.history import write_curves
-from gpt2.training.run import build_model, run_training
+from gpt2.training.run import build_model, check_shape, run_training, take_weights
 
 
 def main() -> None:
@@ -32,10 +40,19 @@ def main() -> None:
     threads = use_threads(params.runtime.threads)
     lineage = collect_lineage(params, threads)  # of the code as it is imported, not as it may be edited meanwhile
     config = ModelConfig(**params.model.model_dump(), vocab_size=read_json(TOKENS / "meta.json")["vocab_size"])
+    seen = load_seen(TOKENS / SEEN_TOKENS, config.vocab_size)
+    parent = load_parent(params.train.init_from) if params.train.init_from else None
+    if parent:
+        check_shape(config, parent.config, parent.name)
+        lineage = with_parent(lineage, parent.sha256)
     model = build_model(config, params.train, choose_device(params.runtime.device))
+    if parent:
+        print(f"starting from {parent.name}, weights {parent.sha256[:12]}", flush=True)
+        take_weights(model, parent.model)
+        seen = keep_rows(seen, parent.model.output_projection.weight, parent.seen)
+        del parent  # it takes memory
     print(f"{model.count_parameters():,} parameters", flush=True)
     train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
-    seen = load_seen(TOKENS / SEEN_TOKENS, config.vocab_size)
     checkpoints = Checkpoints(checkpoint_folder(lineage["train_key"]))
 
     # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
+from dvc.utils.hydra import apply_overrides
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.config import ModelConfig, Params, champion_uri, check, load_params
 from gpt2.core.cli import fail
 from gpt2.core.errors import UserError
+from gpt2.model.gpt2 import GPT2Model
+from gpt2.model.weights import shapes_only
 
 ErrorLine = Callable[[Callable[[], object]], str]
 MISSING = object()
@@ -137,6 +141,9 @@ def test_all_conflicts_between_sections_are_reported_at_once(problem: Callable[.
         ("train.micro_batch_size", 2**20 + 1),
         ("train.micro_batch_size", 1.5),
         ("train.micro_batch_size", True),
+        *[("train.init_from", name) for name in ("", "gpt2", "data/model", "data/pretrained", "models:/", "hf:", 7)],
+        ("train.init_from", "data/pretrained/../tokens"),
+        ("model", "gpt2-smal"),
         ("model.d_model", 2**20 + 1),
         ("model.n_layers", 1001),
         ("model.n_heads", 0),
@@ -175,6 +182,32 @@ def test_all_conflicts_between_sections_are_reported_at_once(problem: Callable[.
 def test_bad_value_is_refused_by_name(problem: Callable[..., str], name: str, value: Any) -> None:
     line = problem(**{name: value})
     assert line.startswith(f"error: params.yaml: {name}") and len(line) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_the_name_of_a_model_of_openai_stands_for_its_shape(
+    tmp_path: Path, shipped_text: str, name: str, parameters: int
+) -> None:
+    (tmp_path / "params.yaml").write_text(shipped_text)
+    apply_overrides(tmp_path / "params.yaml", [f"model={name}", "train.initialization=random"])  # `dvc exp run -S`
+    params = load_params(tmp_path / "params.yaml")
+    with shapes_only():
+        model = GPT2Model(**params.model.model_dump(), vocab_size=50257)
+    assert model.count_parameters() == parameters
+    openai = transformers.GPT2Config()  # has the sizes of gpt2
+    assert (params.model.max_len, params.model.dropout) == (openai.n_positions, openai.resid_pdrop)
+    assert params.model.d_model // params.model.n_heads == 64
+    assert params.model.tie_weights and params.model.qkv_bias and params.model.activation == "gelu_tanh"
+
+
+def test_weights_to_start_from_take_the_place_of_an_initialization(shipped: dict[str, Any]) -> None:
+    names = ("models:/gpt2/2", "runs:/0123/model", "hf:gpt2", "hf:owner/gpt2", "data/pretrained/a/b.pt")
+    for name in names:  # tied weights, which bigrams could not initialize
+        params = check(Params, changed(shipped, "train.init_from", name) | {"model": "gpt2"}, "params.yaml")
+        assert params.train.init_from == name
 
 
 def test_the_champion_is_known_whatever_else_is_wrong(

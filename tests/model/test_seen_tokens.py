@@ -1,10 +1,11 @@
 """All unseen tokens are one row of the loss, and no number is another for it."""
 
+import numpy as np
 import pytest
 import torch
 
 from gpt2.model.gpt2 import cross_entropy
-from gpt2.model.seen_tokens import SeenTokens
+from gpt2.model.seen_tokens import SeenTokens, keep_rows
 from gpt2.training.loss import FusedCrossEntropy
 
 VOCAB_SIZE = 12
@@ -48,3 +49,14 @@ def test_the_number_of_rows_is_aligned_where_enough_tokens_are_unseen(seen: int,
     weight = torch.randn(200, 3)
     seen_tokens.equalize(weight)
     assert torch.equal(seen_tokens.rows(weight)[seen_tokens.row_of], weight)
+
+
+def test_rows_of_given_weights_are_shared_only_where_they_are_equal() -> None:
+    before, seen = np.arange(200) < 40, np.arange(200) % 3 == 0  # 25 unseen tokens had rows of their own
+    weight = torch.randn(200, 3, generator=torch.Generator().manual_seed(1))
+    SeenTokens(torch.from_numpy(before)).equalize(weight)
+    kept = keep_rows(seen, weight, before)
+    assert kept[:63].all() and np.array_equal(kept[63:], seen[63:])
+    assert SeenTokens(torch.from_numpy(kept)).are_equal(weight)
+    weight[150] += 1  # the mask is of other weights
+    assert keep_rows(seen, weight, before).all() and keep_rows(seen, weight, None).all()

@@ -19,7 +19,7 @@ from gpt2.model.weights import save_model
 from gpt2.tracking import champion
 from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, VERDICT, choose_champion, promote
 from gpt2.tracking.registry import TEST_LOSS, fetch_model
-from gpt2.tracking.runs import MODEL_SHA256
+from gpt2.tracking.runs import MODEL_SHA256, PARENT_SHA256
 from gpt2.tracking.store import open_store
 
 VALIDATION = {"a": 30, "b": 20}  # documents of the workspace's validation split, and their tokens
@@ -115,6 +115,19 @@ def test_no_model_is_scored_on_what_it_was_trained_on(registry: Registry) -> Non
     registry.choose(registry.make(9, 5.0, trained_on="ca"))
     said = registry.choose(registry.make(1, 5.0, **{VAL_SHA256: "another"}))
     assert "version 2 is champion: scored again on 1 of 2 validation documents" in said
+
+
+def test_nor_on_what_it_started_from_was_trained_on(registry: Registry) -> None:
+    """Whose split was another one. Where it was the same, the losses stand."""
+    registry.choose(first := registry.make(9, 5.0))
+    seen = registry.make(8, 6.0, trained_on="ca", **{VAL_SHA256: "another"})
+    said = registry.choose(registry.make(1, 4.0, **{PARENT_SHA256: seen.tags[MODEL_SHA256]}))
+    assert "version 3 is champion: scored again on 1 of 2 validation documents" in said
+    said = registry.choose(registry.make(2, 3.9, **{PARENT_SHA256: first.tags[MODEL_SHA256]}))
+    assert "version 4 is not champion: scored again on 1 of 2 validation documents" in said  # version 3 has seen one
+    registry.client.set_registered_model_alias(registry.name, "champion", "1")
+    said = registry.choose(registry.make(3, 3.8, **{PARENT_SHA256: first.tags[MODEL_SHA256]}))
+    assert "version 5 is champion: validation loss 3.8000 is below the 5.0000 of version 1" in said
 
 
 @pytest.mark.parametrize(

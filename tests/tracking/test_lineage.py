@@ -23,7 +23,9 @@ from gpt2.tracking.lineage import (
     flatten,
     hash_of,
     run_key,
+    with_parent,
 )
+from gpt2.tracking.runs import PARENT, PARENT_SHA256, lineage_tags
 from gpt2.training.checkpoints import Checkpoints
 
 REPOSITORY = Path(__file__).parents[2]
@@ -91,6 +93,15 @@ def test_train_key_changes_with_pytorch(
     key = train_key(params())
     monkeypatch.setattr(torch, "__version__", "0")
     assert train_key(params()) != key
+
+
+def test_train_key_changes_with_the_weights_it_starts_from(checkout: Path, params: Callable[..., Params]) -> None:
+    alone = collect_lineage(params(init_from="hf:gpt2"), threads=1)
+    one, other = (with_parent(alone, sha256 * 64) for sha256 in "ab")
+    assert len({alone["train_key"], one["train_key"], other["train_key"]}) == 3
+    told = {PARENT: "hf:gpt2", PARENT_SHA256: "a" * 64}
+    assert {name: value for name, value in lineage_tags(one).items() if "parent" in name} == told
+    assert not [name for name in lineage_tags(collect_lineage(params(), threads=1)) if "parent" in name]
 
 
 def test_a_lineage_tells_the_commit_and_what_has_been_changed_since(

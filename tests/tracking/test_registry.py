@@ -1,6 +1,7 @@
 """What a version shows and how to make it again; models that are not there, or not what was registered, are refused."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,21 +16,24 @@ from gpt2.model.weights import save_model
 from gpt2.tracking import registry
 from gpt2.tracking import store as stores
 from gpt2.tracking.card import Card, describe
+from gpt2.tracking.named_models import load_parent
 from gpt2.tracking.provenance import reproduction
 from gpt2.tracking.registry import RUN_ID, SIGNATURE, TEST_LOSS, fetch_model, logged_model_of
-from gpt2.tracking.runs import MODEL_SHA256
+from gpt2.tracking.runs import MODEL_SHA256, PARENT
 from gpt2.tracking.store import open_store
 
 ErrorLine = Callable[[Callable[[], object]], str]
 
 
-def version(number: int, sha256: str = "5" * 64) -> ModelVersion:
-    return ModelVersion("gpt2", str(number), 0, tags=[ModelVersionTag(MODEL_SHA256, sha256)])
+def version(number: int, sha256: str = "5" * 64, **tags: str) -> ModelVersion:
+    shown = {MODEL_SHA256: sha256} | tags
+    return ModelVersion("gpt2", str(number), 0, tags=[ModelVersionTag(key, value) for key, value in shown.items()])
 
 
 def test_making_a_version_again_takes_its_commit_its_changes_and_its_texts() -> None:
-    def commands(commit: str, diff: str, source: str) -> list[str]:
-        return reproduction(version(1), {"commit": commit, "diff": diff, "prepare": {"source": source}}).splitlines()
+    def commands(commit: str, diff: str, source: str, parent: str = "") -> list[str]:
+        lineage = {"commit": commit, "diff": diff, "prepare": {"source": source}}
+        return reproduction(version(1, **{PARENT: parent}), lineage).splitlines()
 
     clean, changed = commands("abc", "", "sotu"), commands("abc", "--- a/src", "./data/raw/mine.txt")
     for lines in (clean, changed):
@@ -37,6 +41,9 @@ def test_making_a_version_again_takes_its_commit_its_changes_and_its_texts() -> 
     assert not any("git apply" in line or "data/raw" in line for line in clean)
     assert any(line.endswith("| git apply)") for line in changed)
     assert "cp -r data/raw ../gpt2-55555555/data/" in changed
+    assert not any("pretrained" in line or "export" in line for line in clean + commands("abc", "", "sotu", "hf:gpt2"))
+    assert "cp -r data/pretrained ../gpt2-55555555/data/" in commands("abc", "", "sotu", "data/pretrained/x.pt")
+    assert any("sqlite:///$OLDPWD/mlflow.db" in line for line in commands("abc", "", "sotu", "models:/gpt2/2"))
     assert commands("", "", "sotu") == ["# It was made outside git, so there is no commit to make it again from."]
 
 
@@ -107,6 +114,7 @@ def test_a_version_and_its_logged_model_show_the_results_of_the_run(
     monkeypatch: pytest.MonkeyPatch,
     make_model: Callable[..., GPT2Model],
     make_config: Callable[..., ModelConfig],
+    error_line: ErrorLine,
 ) -> None:
     for name in ("LINEAGE", "PARAMS", "DOCUMENTS"):
         (tmp_path / name.lower()).touch()
@@ -132,3 +140,10 @@ def test_a_version_and_its_logged_model_show_the_results_of_the_run(
     info = mlflow.models.get_model_info("models:/shown/1")
     assert info.signature == SIGNATURE and info.saved_input_example_info
     assert fetch_model(f"runs:/{run.info.run_id}/model") == fetch_model("models:/shown/1")
+    # A training may start from it, under a name that stays its own.
+    client.set_registered_model_alias("shown", "best", "1")
+    for name in (f"runs:/{run.info.run_id}/model", "models:/shown/1"):
+        assert load_parent(name).sha256 == digest
+    for name in ("models:/shown@best", "models:/shown/latest"):
+        line = error_line(partial(load_parent, name))
+        assert line == f"error: train.init_from {name} may name another version tomorrow: write models:/shown/1\n"

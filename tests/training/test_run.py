@@ -16,11 +16,11 @@ from torch import Tensor
 
 from gpt2.config import ModelConfig, RuntimeParams, TrainParams
 from gpt2.core.errors import Stopped
-from gpt2.data.batches import TrainingBatches
+from gpt2.data.batches import SeenMask, TrainingBatches, validation_batches
 from gpt2.model.gpt2 import GPT2Model, PositionwiseFeedForward
-from gpt2.model.seen_tokens import SeenTokens
+from gpt2.model.seen_tokens import SeenTokens, keep_rows
 from gpt2.training.checkpoints import Checkpoints
-from gpt2.training.run import build_model, initialize, run_training, use_fused_parts
+from gpt2.training.run import build_model, check_shape, initialize, run_training, take_weights, use_fused_parts
 from gpt2.training.trainer import Trainer
 from gpt2.training.training_log import TrainingLog
 
@@ -41,6 +41,7 @@ def run(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Pat
         model: GPT2Model | None = None,
         checkpoints: Checkpoints | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
+        seen: SeenMask = SEEN,
         **changes: Any,
     ) -> tuple[GPT2Model, dict[str, float], History]:
         model = model or make_model(dropout=0.2)
@@ -49,7 +50,7 @@ def run(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Pat
         runtime = RuntimeParams(threads=1, device="cpu", precision=precision)
         checkpoints = checkpoints or Checkpoints(Path(tempfile.mkdtemp(dir=tmp_path)))
         metrics, returned = run_training(
-            model, TOKENS, TOKENS[:90], SEEN, params, runtime, checkpoints, lambda *point: history.append(point)
+            model, TOKENS, TOKENS[:90], seen, params, runtime, checkpoints, lambda *point: history.append(point)
         )
         assert returned == history
         return model, metrics, history
@@ -89,6 +90,44 @@ def test_tokens_that_never_occur_stay_alike(run: Callable[..., Any], make_model:
     rows = model.output_projection.weight.detach()
     torch.testing.assert_close(rows[53:], rows[53].expand(8, -1))
     assert (rows[53] - rows[:53]).abs().amax(1).min() > 0.01
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+@pytest.mark.parametrize("of_ours", [False, True])  # whose rows of tokens that their text lacks are equal
+def test_training_from_given_weights_keeps_what_they_know_of_all_tokens(
+    run: Callable[..., Any], make_model: MakeModel, tie_weights: bool, of_ours: bool
+) -> None:
+    """The loss starts where the weights are, and training is that of the whole vocabulary, fused or not."""
+    given, seen_before = make_model(tie_weights=tie_weights, random=True, max_len=20), np.arange(61) < 30
+    if of_ours:
+        SeenTokens(torch.from_numpy(seen_before)).equalize(given.output_projection.weight)
+    kept = keep_rows(SEEN, given.output_projection.weight, seen_before if of_ours else None)
+    with torch.no_grad():
+        losses = [float(given(inputs, targets)) for inputs, targets in validation_batches(TOKENS[:90], 1, 8)]
+    trained = {}
+    for fused in (False, True):
+        take_weights(model := make_model(tie_weights=tie_weights), given)
+        trained[fused], _, history = run(model, seen=kept, init_from="hf:gpt2", initialization="bigrams", fused=fused)
+        assert history[0] == (0, {"val/loss": pytest.approx(np.mean(losses), rel=1e-5)})
+    for one, other in zip(trained[True].parameters(), trained[False].parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    rows = trained[True].output_projection.weight
+    assert torch.equal(rows[53], rows[54]) == of_ours
+
+
+def test_weights_of_another_shape_are_refused_with_what_to_set(
+    make_config: Callable[..., ModelConfig], error_line: ErrorLine
+) -> None:
+    def line(**given: Any) -> str:
+        return error_line(lambda: check_shape(make_config(), make_config(**given), "hf:gpt2"))
+
+    check_shape(make_config(), make_config(dropout=0.5, max_len=99), "hf:gpt2")
+    changes = {"n_layers": 3, "n_heads": 4, "d_ff": 8, "tie_weights": True, "qkv_bias": True, "activation": "gelu_tanh"}
+    told = ", ".join(f"model.{name} {value}" for name, value in (changes | {"max_len": 7}).items()).replace(
+        "True", "true"
+    )
+    assert f"train.init_from hf:gpt2 has another shape: set {told}\n" in line(**changes, max_len=7)
+    assert "its vocabulary has 50257 tokens, that of data/tokens 61" in line(vocab_size=50257, d_model=32)
 
 
 def test_bfloat16_trains_too_and_leaves_float32_weights(run: Callable[..., Any], make_model: MakeModel) -> None:

@@ -7,10 +7,12 @@ whole vocabulary, of which a small text has half.
 Shapes: V vocabulary, M rows: one for each seen token, and a last one for all others; C d_model.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gpt2.core.device import ALIGNED_COLUMNS
+from gpt2.data.batches import SeenMask
 
 
 class SeenTokens:
@@ -51,3 +53,15 @@ class SeenTokens:
     def all_logits(self, logits: Tensor) -> Tensor:
         """Give each token (..., V) the logit of its row (..., M)."""
         return logits.index_select(-1, self.row_of) if len(self.unseen) else logits
+
+
+def keep_rows(seen: SeenMask, weight: Tensor, seen_before: SeenMask | None) -> SeenMask:
+    """Return which tokens (V,) need rows of their own in a training that starts from a weight (V, C).
+
+    To equalize the rows of all that its text lacks would destroy what the weight knows of these tokens. So only those
+    share a row that shared one, as mask `seen_before` of an earlier training tells, and that this text lacks too.
+    """
+    kept = np.ones_like(seen)
+    if seen_before is not None and (before := SeenTokens(torch.from_numpy(seen_before))).are_equal(weight):
+        kept[before.unseen] = seen[before.unseen]
+    return kept

@@ -1,5 +1,6 @@
 """Model folders: weights in safetensors, their shape and SHA-256 in config.json. Nothing here runs code from a file."""
 
+import hashlib
 import pickle
 import re
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -43,9 +44,7 @@ def save_model(
     tokens its training text has, if the others have equal rows in the output projection. The same weights give the same
     bytes. Tied weights are written once, as token_embedding. Raises OSError.
     """
-    state = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
-    if config.tie_weights:
-        del state["output_projection.weight"]
+    state = _stored(model, config)
     with atomic_write(folder) as partial:
         partial.mkdir()
         save_tensors(state, partial / WEIGHTS)
@@ -55,6 +54,18 @@ def save_model(
         if seen is not None:
             np.save(partial / SEEN_TOKENS, seen)
     return digest
+
+
+def weights_sha256(model: GPT2Model, config: ModelConfig) -> str:
+    """Return the SHA-256 that the model's weights have in a model folder, wherever they come from."""
+    return hashlib.sha256(save(_stored(model, config))).hexdigest()
+
+
+def _stored(model: GPT2Model, config: ModelConfig) -> dict[str, Tensor]:
+    state = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    if config.tie_weights:
+        del state["output_projection.weight"]
+    return state
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -21,7 +21,7 @@ from gpt2.tracking.registry import logged_model_of, uri_of
 
 LIMIT = 5000  # characters of a description that every database takes
 MODEL_ABOUT = (
-    "GPT-2 models, trained from scratch by the pipeline of this repository. Each version is a set of weights; its "
+    "GPT-2 models, trained by the pipeline of this repository. Each version is a set of weights; its "
     "description is its model card. The alias `{alias}` stands at the version with the lowest validation loss, which "
     "`python src/infer.py` loads."
 )
@@ -77,7 +77,9 @@ def read_card(params: Params, lineage: Lineage) -> Card:
         f"| {name} | {splits[split]['documents']:,} | {splits[split]['tokens']:,} | {splits[split]['bytes']:,} |"
         for split, name in (("train", "training"), ("val", "validation"), ("test", "test"))
     )
-    copied = sampled.get("copied_8grams")
+    copied, tokens, parent = sampled.get("copied_8grams"), trained["tokens"], params.train.init_from
+    started = f"- Started from `{parent}`, weights {lineage['parent_sha256']}.\n" if parent else ""
+    known = "in the training split or its start" if parent else "in the training split"
     body = f"""\
 ## Data
 {_source(source)}:
@@ -91,7 +93,7 @@ Documents stay whole. The tokenizer is GPT-2's.
 ## Recipe
 - Model: {_words(params.model.model_dump())}.
 - Training: {_words(params.train.model_dump())}.
-- {trained["tokens"]:,} tokens seen, {trained["tokens"] / splits["train"]["tokens"]:.2f} passes over the training split.
+{started}- {tokens:,} tokens seen, {tokens / splits["train"]["tokens"]:.2f} passes over the training split.
 - Made on {lineage["environment"]}{_commit(lineage)}.
 
 ## Results
@@ -106,7 +108,7 @@ Models are selected on the validation split; the test split is only reported.
 
 ## Limits
 - It continues texts like those of its corpus. It has been taught neither to answer questions nor to be right.
-- It sees the last {params.model.max_len} tokens, and knows nothing that is not in the training split.
+- It sees the last {params.model.max_len} tokens, and knows nothing that is not {known}.
 - What is biased or wrong in the corpus may come back{_copied(copied)}.
 """
     return Card(_summary(tags, figures["test"]["bits_per_byte"]), tags, body, _sample())

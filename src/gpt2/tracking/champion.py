@@ -18,7 +18,8 @@ from gpt2.core.paths import MODEL, TOKENS
 from gpt2.data.batches import load_tokens
 from gpt2.evaluation.perplexity import mean_loss
 from gpt2.model.weights import load_model
-from gpt2.tracking.registry import DOCUMENTS, NOT_THERE, artifacts_folder, fetch_model, is_lost
+from gpt2.tracking.registry import DOCUMENTS, NOT_THERE, artifacts_folder, fetch_model, find_version, is_lost
+from gpt2.tracking.runs import MODEL_SHA256, PARENT_SHA256
 from gpt2.tracking.store import STORE_ERRORS, open_store, store_lock
 
 VAL_LOSS, VERDICT = "gpt2.val_loss", "gpt2.verdict"
@@ -76,14 +77,19 @@ def _best(
 
 def compare(challenger: ModelVersion, rival: ModelVersion, params: Params) -> tuple[bool | None, str]:
     """Return whether the challenger has the lower loss, and a reason; None if they cannot be compared."""
-    if all(challenger.tags[tag] == rival.tags.get(tag) for tag in MEASURE):
-        losses, measured = [float(version.tags[VAL_LOSS]) for version in (challenger, rival)], "validation loss"
-    else:
-        try:
-            losses, measured = _score_again(challenger, rival, params)
-        except UserError as error:
-            hint = f"`python src/register.py --promote {challenger.version}` makes it the champion"
-            return None, f"it cannot be compared with version {rival.version} ({error}); {hint}"
+    pair = (challenger, rival)
+    alike = all(challenger.tags[tag] == rival.tags.get(tag) for tag in MEASURE)
+    started = any(PARENT_SHA256 in version.tags for version in pair)  # perhaps from what has seen this split
+    try:
+        new, count = _new_documents(pair) if started or not alike else (pd.DataFrame(), 0)
+        if alike and len(new) == count:
+            losses, measured = [float(version.tags[VAL_LOSS]) for version in pair], "validation loss"
+        else:
+            losses = _score_again(pair, new, params)
+            measured = f"scored again on {len(new)} of {count} validation documents, loss"
+    except UserError as error:
+        hint = f"`python src/register.py --promote {challenger.version}` makes it the champion"
+        return None, f"it cannot be compared with version {rival.version} ({error}); {hint}"
     is_better = losses[0] < losses[1]
     relation = "below" if is_better else "not below"
     return is_better, f"{measured} {losses[0]:.4f} is {relation} the {losses[1]:.4f} of version {rival.version}"
@@ -101,36 +107,49 @@ def promote(name: str, alias: str, number: str) -> str:
     return f"{name} version {number} is {alias}: promoted by hand"
 
 
-def _score_again(challenger: ModelVersion, rival: ModelVersion, params: Params) -> tuple[list[float], str]:
-    """Return the losses of both models on the validation documents that are new to them, and what was measured.
+def _new_documents(pair: tuple[ModelVersion, ModelVersion]) -> tuple[pd.DataFrame, int]:
+    """Return the validation documents that are new to both models, and how many documents the split has.
 
-    Raises UserError if there is nothing to measure on.
+    Raises UserError if none is new, or this is not known.
     """
-    if challenger.tags[TOKENIZER] != rival.tags.get(TOKENIZER):
-        raise UserError("it has another tokenizer")
     validation = pd.read_csv(DOCUMENTS).query("split == 'val'")
-    new = validation
-    for version in (challenger, rival):
-        path = artifacts_folder(version) / DOCUMENTS.name
-        if not path.exists():
-            raise UserError("what it was trained on is not known")
-        known = pd.read_csv(path).query("split == 'train'")
-        new = new[~new["sha256"].isin(known["sha256"])]
+    new = validation[~validation["sha256"].isin(_trained_on(pair[0]) | _trained_on(pair[1]))]
     if new.empty:
         raise UserError("it was trained on all of the validation split")
+    return new, len(validation)
+
+
+def _trained_on(version: ModelVersion) -> set[str]:
+    """Return the SHA-256 of the documents that a model was trained on, or a registered one that it started from.
+
+    Raises UserError if they are not known.
+    """
+    path = artifacts_folder(version) / DOCUMENTS.name
+    if not path.exists():
+        raise UserError("what it was trained on is not known")
+    known = set(pd.read_csv(path).query("split == 'train'")["sha256"])
+    started_from = version.tags.get(PARENT_SHA256, "")
+    if started_from == version.tags[MODEL_SHA256]:  # training changed nothing
+        return known
+    parent = find_version(mlflow.MlflowClient(), started_from)
+    return known | _trained_on(parent) if parent else known
+
+
+def _score_again(pair: tuple[ModelVersion, ModelVersion], new: pd.DataFrame, params: Params) -> list[float]:
+    """Return the losses of both models on documents of the validation split."""
+    if pair[0].tags[TOKENIZER] != pair[1].tags.get(TOKENIZER):
+        raise UserError("it has another tokenizer")
     split = load_tokens(TOKENS / "val.bin")
     spans = zip(new["first_token"], new["tokens"], strict=True)
     tokens = np.concatenate([split[first : first + count] for first, count in spans])
-    versions = {f"version {one.version}": artifacts_folder(one) / MODEL.name for one in (challenger, rival)}
-    models = {name: load_model(folder)[0] for name, folder in versions.items()}
+    models = [load_model(artifacts_folder(version) / MODEL.name)[0] for version in pair]
     device = choose_device(params.runtime.device)
-    stride = min(params.evaluate.stride, *(model.max_len for model in models.values()))
+    stride = min(params.evaluate.stride, *(model.max_len for model in models))
     with autocast(device, choose_precision(params.runtime.precision, device)):
-        losses = [
-            mean_loss(model.to(device), tokens, stride, params.evaluate.batch_size, name)
-            for name, model in models.items()
+        return [
+            mean_loss(model.to(device), tokens, stride, params.evaluate.batch_size, f"score version {version.version}")
+            for version, model in zip(pair, models, strict=True)
         ]
-    return losses, f"scored again on {len(new)} of {len(validation)} validation documents, loss"
 
 
 def _find(client: mlflow.MlflowClient, name: str, number: str) -> ModelVersion | None:

@@ -49,6 +49,11 @@ def collect_lineage(params: Params, threads: int) -> Lineage:
     }
 
 
+def with_parent(lineage: Lineage, sha256: str) -> Lineage:
+    """Add the weights with which the training starts, which its key depends on too."""
+    return lineage | {"train_key": hash_of([lineage["train_key"], sha256]), "parent_sha256": sha256}
+
+
 def first_lineage(lineage: Lineage) -> Lineage:
     """Keep the lineage with which a training starts, and return it: a resumed one has that of its first start."""
     path = checkpoint_folder(lineage["train_key"]) / "lineage.json"

@@ -13,7 +13,9 @@ from gpt2.evaluation.perplexity import perplexity
 from gpt2.tracking.champion import STRIDE, VAL_LOSS, VERDICT
 from gpt2.tracking.lineage import Lineage
 from gpt2.tracking.registry import NOT_THERE, RUN_ID, TEST_LOSS, artifacts_folder, open_version, uri_of
-from gpt2.tracking.runs import COMMIT, ENVIRONMENT, MODEL_SHA256, THREADS, UNCOMMITTED
+from gpt2.tracking.runs import COMMIT, ENVIRONMENT, MODEL_SHA256, PARENT, PARENT_SHA256, THREADS, UNCOMMITTED
+
+MAIN_STORE = '"${MLFLOW_TRACKING_URI:-sqlite:///$OLDPWD/mlflow.db}"'
 
 
 def provenance(uri: str) -> str:
@@ -36,6 +38,8 @@ def provenance(uri: str) -> str:
         "test_loss": float(tags[TEST_LOSS]),
         "test_perplexity": perplexity(float(tags[TEST_LOSS])),
         "run": run,
+        "parent": tags.get(PARENT),
+        "parent_sha256": tags.get(PARENT_SHA256),
         "git_commit": tags.get(COMMIT),
         "uncommitted": tags.get(UNCOMMITTED),
         "environment": tags[ENVIRONMENT],
@@ -52,17 +56,20 @@ def reproduction(version: ModelVersion, lineage: Lineage) -> str:
     """Return the shell commands that make a version's weights again, in a clone beside the main checkout."""
     if not lineage["commit"]:
         return "# It was made outside git, so there is no commit to make it again from."
+    parent = version.tags.get(PARENT, "")
     clone = f"../gpt2-{version.tags[MODEL_SHA256][:8]}"
     download = f"mlflow artifacts download --dst-path {clone} --artifact-uri {uri_of(version)}/artifacts"
-    apply = f"""python3 -c "import json; print(end=json.load(open('{LINEAGE.name}'))['diff'])" | git apply"""
+    apply = f"""python3 -c "import json; print(end=json.load(open('artifacts/{LINEAGE.name}'))['diff'])" | git apply"""
     lines = [
         "# To make it again, on the same machine:",
         f"git clone --quiet . {clone}",
         f"git -C {clone} checkout --quiet {lineage['commit']}",
         *([f"{download}/{LINEAGE.name}", f"(cd {clone} && {apply})"] if lineage["diff"] else []),
-        f"{download}/{PARAMS.name}",
+        f"{download}/{PARAMS.name} && cp {clone}/artifacts/{PARAMS.name} {clone}",
         *([f"cp -r data/raw {clone}/data/"] if lineage["prepare"]["source"] != "sotu" else []),
+        *([f"cp -r data/pretrained {clone}/data/"] if parent.startswith("data/") else []),
         f"cd {clone}",
+        *([f"export MLFLOW_TRACKING_URI={MAIN_STORE}  # which has its parent"] if ":/" in parent else []),
         "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt",
         "dvc repro",
         "sha256sum data/model/model.safetensors",

@@ -67,7 +67,7 @@ def register(
     """
     client, model_sha256 = mlflow.MlflowClient(), made_from[MODEL_SHA256]
     with store_lock():
-        version = _find_version(client, model_sha256, name)
+        version = find_version(client, model_sha256, name)
         if version and is_lost(version):
             client.delete_model_version(name, version.version)
             version = None
@@ -170,7 +170,7 @@ def open_version(uri: str) -> Iterator[ModelVersion]:
 def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:
     if uri.startswith("runs:/"):  # equal weights of several runs are stored once
         run = client.get_run(uri.removeprefix("runs:/").split("/")[0])
-        version = _find_version(client, run.data.tags.get(MODEL_SHA256, ""))
+        version = find_version(client, run.data.tags.get(MODEL_SHA256, ""))
         if version is None:
             raise MlflowException("this run has registered none", RESOURCE_DOES_NOT_EXIST)
         return version
@@ -190,7 +190,8 @@ def _version_numbers(client: mlflow.MlflowClient, uri: str) -> list[str]:
     return [str(version.version) for version in found]
 
 
-def _find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | None = None) -> ModelVersion | None:
+def find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | None = None) -> ModelVersion | None:
+    """Return a version that holds the weights of a SHA-256, of any registered model or of one."""
     conditions = [f"tags.`{MODEL_SHA256}` = '{model_sha256}'", *([f"name = '{name}'"] if name else [])]
     found = client.search_model_versions(" and ".join(conditions))
     return found[0] if found else None

@@ -32,6 +32,7 @@ TRAIN_KEY, RUN_KEY, RESULTS_KEY = "gpt2.train_key", "gpt2.run_key", "gpt2.result
 MODEL_SHA256 = "gpt2.model_sha256"
 EXPERIMENT_NAME, COMMIT, UNCOMMITTED = "dvc.experiment", "mlflow.source.git.commit", "gpt2.uncommitted"
 ENVIRONMENT, THREADS = "gpt2.environment", "gpt2.threads"
+PARENT, PARENT_SHA256 = "gpt2.parent", "gpt2.parent_sha256"
 # What another program has set for its own run, and MLflow would take for ours.
 FOREIGN = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_ACTIVE_MODEL_ID")
 
@@ -196,6 +197,8 @@ def lineage_tags(lineage: Lineage) -> dict[str, str]:
         UNCOMMITTED: " ".join(lineage["uncommitted"]),
         ENVIRONMENT: lineage["environment"],
         THREADS: str(lineage["threads"]),
+        PARENT: lineage["train"].get("init_from"),  # which earlier versions lack
+        PARENT_SHA256: lineage.get("parent_sha256"),
     }
     return {name: value for name, value in tags.items() if value}
 

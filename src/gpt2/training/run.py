@@ -3,11 +3,14 @@
 Shapes: N tokens of a split, V vocabulary.
 """
 
+import json
+
 import torch
 
 from gpt2.config import ModelConfig, RuntimeParams, TrainParams
 from gpt2.core.cli import stop_requests
 from gpt2.core.device import check_memory, choose_micro_batch_size, choose_precision
+from gpt2.core.errors import UserError
 from gpt2.data.batches import Purpose, SeenMask, Tokens, seed_torch
 from gpt2.model.gpt2 import GPT2Model, MultiHeadAttention
 from gpt2.model.seen_tokens import SeenTokens
@@ -33,6 +36,29 @@ def build_model(config: ModelConfig, params: TrainParams, device: torch.device) 
     check_memory(weights_bytes + activations_bytes + batch_bytes, device)
     seed_torch(params.seed, Purpose.WEIGHTS)
     return GPT2Model(**config.model_dump()).to(device)
+
+
+def check_shape(config: ModelConfig, given: ModelConfig, name: str) -> None:
+    """Raise UserError if weights of the shape `given`, which train.init_from names, do not fit a model of `config`.
+
+    Its dropout may be another one, and its max_len less: see take_weights.
+    """
+    if given.vocab_size != config.vocab_size:
+        sizes = f"its vocabulary has {given.vocab_size} tokens, that of data/tokens {config.vocab_size}"
+        raise UserError(f"train.init_from {name} has another tokenizer: {sizes}")
+    fixed = given.model_dump(exclude={"vocab_size", "dropout", "max_len"})
+    if config.max_len > given.max_len:
+        fixed["max_len"] = given.max_len
+    changes = [f"model.{key} {json.dumps(value)}" for key, value in fixed.items() if getattr(config, key) != value]
+    if changes:
+        raise UserError(f"train.init_from {name} has another shape: set {', '.join(changes)}".replace('"', ""))
+
+
+def take_weights(model: GPT2Model, given: GPT2Model) -> None:
+    """Give a model the weights of one of the same shape; of its positions, the first."""
+    weights = given.state_dict()
+    weights["position_embedding.weight"] = weights["position_embedding.weight"][: model.max_len]
+    model.load_state_dict(weights)
 
 
 def run_training(
@@ -80,7 +106,12 @@ def run_training(
 
 
 def initialize(model: GPT2Model, train_tokens: Tokens, seen_tokens: SeenTokens, params: TrainParams) -> None:
-    """Give a new model the weights that params.initialization names; its weights are random before."""
+    """Give a new model the weights that params.initialization names; its weights are random before.
+
+    Those of params.init_from stay as they are.
+    """
+    if params.init_from:
+        return
     if params.initialization == "bigrams":
         print("initializing from bigrams, which takes a minute or two on a CPU", flush=True)
         seed_torch(params.seed, Purpose.INITIALIZATION)
