@@ -43,6 +43,7 @@ def main() -> None:
         lineage, evaluated, sampled, documents, samples = read_results(sha256[:8])
         trained = lineage["train"]
         curves = tables.training(PLOTS, trained["batch_size"] * trained["sequence_length"])
+        steps = int(curves["step"][curves["val_loss"].idxmin()] if trained["keep"] == "best" else curves["step"].max())
         is_sotu = lineage["prepare"]["source"] == "sotu"
         groups = tables.sotu_groups(documents) if is_sotu else pd.DataFrame()
     except (KeyError, TypeError, ValueError) as error:
@@ -69,6 +70,7 @@ def main() -> None:
         Results(
             model_sha256=sha256,
             parameters=model.count_parameters(),
+            steps=steps,
             vocab_size=config.vocab_size,
             lineage=lineage,
             evaluated=evaluated,

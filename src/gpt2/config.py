@@ -124,6 +124,8 @@ class TrainParams(Section):
     log_interval: Count
     eval_interval: Count
     eval_windows: Count
+    keep: Literal["last", "best"]
+    patience: Count | None
     checkpoint_interval: Count
     fused: bool
     compile: bool

@@ -81,9 +81,8 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("METRICS", "PLOTS", "REPORT", "SAMPLES", "TOKENS"):
         for module in (tracking, datasets):
             monkeypatch.setattr(module, name, tmp_path / name.lower(), raising=False)
-    write_json(
-        tmp_path / "metrics/train.json", {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10, "val_loss": 4.5}
-    )
+    trained = {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10, "val_loss": 4.5, "kept_step": 7}
+    write_json(tmp_path / "metrics/train.json", trained)
     write_json(
         tmp_path / "metrics/evaluate.json", {"loss": 4.0, "perplexity": None, "bits_per_byte": 1.5, "val_loss": 4.1}
     )
@@ -102,6 +101,7 @@ def assert_mirrored(run: Run, params: Params) -> None:
     final = {
         "test/loss": 4.0,
         "train/tokens": 8,
+        "train/kept_step": 7,
         "val/full_loss": 4.5,
         **{f"sample/{name}": value for name, value in SAMPLED.items()},
     }

@@ -206,7 +206,7 @@ def _final_metrics() -> dict[str, float]:
     found = {
         **{f"test/{name}": evaluated[name] for name in ("loss", "perplexity", "bits_per_byte")},
         **{f"sample/{name}": value for name, value in sampled.items() if name != "model"},
-        **{f"train/{name}": trained[name] for name in ("tokens", "peak_memory_bytes")},
+        **{f"train/{name}": trained[name] for name in ("tokens", "peak_memory_bytes", "kept_step")},
         "val/full_loss": trained["val_loss"],
         "val/sliding_loss": evaluated["val_loss"],
     }

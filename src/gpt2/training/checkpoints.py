@@ -23,6 +23,7 @@ from gpt2.model.weights import save_tensors
 KEPT = 2  # the newest may be found damaged
 NOTES = "notes"
 Optimizers = Sequence[torch.optim.Optimizer]
+Weights = dict[str, Tensor]
 
 
 class Checkpoints:
@@ -40,13 +41,17 @@ class Checkpoints:
                 delete(unfinished)
             yield
 
-    def save(self, step: int, model: nn.Module, optimizers: Optimizers, notes: dict[str, Any]) -> None:
+    def save(
+        self, step: int, model: nn.Module, optimizers: Optimizers, notes: dict[str, Any], best: Weights | None = None
+    ) -> None:
         """Write the checkpoint after `step` steps, with notes that JSON can hold, and delete all but the last two.
 
-        Raises OSError; the checkpoints before are intact then.
+        `best` are the weights of the lowest validation loss, by name. Raises OSError; the checkpoints before are intact
+        then.
         """
         written = self.folder / "partial"
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model, optimizers).items()}
+        named = _tensors(model, optimizers) | {f"best/{name}": weight for name, weight in (best or {}).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
         try:
             save_tensors(tensors, written, {NOTES: json.dumps(notes)})
             publish(written, self.folder / f"{step:010}-{sha256_of(written)}.safetensors")
@@ -56,15 +61,17 @@ class Checkpoints:
         for old in self._files()[KEPT:]:
             delete(old)
 
-    def restore(self, model: nn.Module, optimizers: Optimizers) -> tuple[int, dict[str, Any]] | None:
-        """Load the newest whole checkpoint; return its step and notes, or None if there is none.
+    def restore(
+        self, model: nn.Module, optimizers: Optimizers, best: Weights | None = None
+    ) -> tuple[int, dict[str, Any]] | None:
+        """Load the newest whole checkpoint, its best weights into `best`; return its step and notes, or None.
 
         Damaged ones are deleted, with a warning, so that they do not take the place of good ones among those kept.
         """
         for path in self._files():
             step, digest = path.stem.split("-")
             if _is_whole(path, digest):
-                _load(path, model, optimizers)
+                _load(path, model, optimizers, {} if best is None else best)
                 with safe_open(path, framework="pt") as file:
                     return int(step), json.loads(file.metadata()[NOTES])
             print(f"warning: {path} is damaged; it is skipped and deleted", file=sys.stderr, flush=True)
@@ -112,7 +119,7 @@ def _tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     return named
 
 
-def _load(path: Path, model: nn.Module, optimizers: Optimizers) -> None:
+def _load(path: Path, model: nn.Module, optimizers: Optimizers, best: Weights) -> None:
     parameters = dict(model.named_parameters())
     owners = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
     for name, tensor in load_file(path, backend="pread").items():  # not mapped: its tensors outlive the file
@@ -120,6 +127,8 @@ def _load(path: Path, model: nn.Module, optimizers: Optimizers) -> None:
         parameter = parameters[parameter_name]
         if kind == "model":
             parameter.data.copy_(tensor)
+        elif kind == "best":
+            best[parameter_name] = tensor
         else:
             owners[id(parameter)].state[parameter][key[0]] = tensor.to(parameter.device)
 
