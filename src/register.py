@@ -24,6 +24,7 @@ from gpt2.tracking.registry import TEST_LOSS, register, verify
 from gpt2.tracking.runs import MODEL_SHA256, lineage_tags, mirror_run
 from gpt2.tracking.store import charts_address, repair
 from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.optimizers import shared_steps
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def register_results() -> None:
     print(f"run {run.info.run_name}: {run.info.run_id}")
     print(f"charts of all runs: {charts}")
     print(verdict)
-    Checkpoints(checkpoint_folder(lineage["train_key"])).remove()
+    Checkpoints(checkpoint_folder(lineage["train_key"]), shared_steps(params.train)).finish()
     # The same results leave the same receipt, whatever ids and version numbers the store gave them.
     write_json(RECEIPT, {"name": name, "alias": alias, **made_from, **measured})
 

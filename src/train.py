@@ -13,10 +13,17 @@ from gpt2.core.files import file_lock, read_json, write_json
 from gpt2.core.paths import CHECKOUT_LOCK, LINEAGE, METRICS, MODEL, PARAMS, PLOTS, TOKENS
 from gpt2.data.batches import load_seen, load_tokens
 from gpt2.model.weights import SEEN_TOKENS, save_model
-from gpt2.tracking.lineage import checkpoint_folder, collect_lineage, describe_saved_trainings, first_lineage
+from gpt2.tracking.lineage import (
+    checkpoint_folder,
+    collect_lineage,
+    describe_saved_trainings,
+    first_lineage,
+    shared_checkpoint,
+)
 from gpt2.tracking.runs import training_run
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.history import write_curves
+from gpt2.training.optimizers import shared_steps
 from gpt2.training.run import build_model, run_training
 
 
@@ -36,13 +43,16 @@ def main() -> None:
     print(f"{model.count_parameters():,} parameters", flush=True)
     train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
     seen = load_seen(TOKENS / SEEN_TOKENS, config.vocab_size)
-    checkpoints = Checkpoints(checkpoint_folder(lineage["train_key"]))
+    checkpoints = Checkpoints(checkpoint_folder(lineage["train_key"]), shared_steps(params.train))
 
     # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
     with file_lock(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
         lineage = first_lineage(lineage)
         for line in describe_saved_trainings(lineage):
             print(f"{line}; `python src/train.py --remove-checkpoints` deletes them", flush=True)
+        if checkpoints.is_empty() and (path := shared_checkpoint(lineage)):
+            print(f"going on from {path}, which has the same first steps", flush=True)
+            checkpoints.go_on_from(path)
         with training_run(params, lineage) as log_metrics:
             metrics, history = run_training(
                 model, train_tokens, val_tokens, seen, params.train, params.runtime, checkpoints, log_metrics
@@ -51,7 +61,8 @@ def main() -> None:
         write_json(LINEAGE, lineage)
         write_curves(history, PLOTS)
         write_json(METRICS / "train.json", metrics)
-    # The checkpoints stay until register has run: DVC may be killed before it has taken note of these results.
+    # The checkpoints stay until register has run: DVC may be killed before it has taken note of these results. Then one
+    # stays, for a longer training.
     print(f"val loss {metrics['val_loss']:.4f}; weights {digest[:12]}")
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from gpt2.data.batches import TrainingBatches
 from gpt2.model.gpt2 import GPT2Model, PositionwiseFeedForward
 from gpt2.model.seen_tokens import SeenTokens
 from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.optimizers import shared_steps
 from gpt2.training.run import build_model, initialize, run_training, use_fused_parts
 from gpt2.training.trainer import Trainer
 from gpt2.training.training_log import TrainingLog
@@ -398,9 +400,10 @@ def test_killed_or_stopped_and_resumed_equals_unbroken(
 def test_stop_signal_while_the_last_step_is_saved_still_stops(
     run: Callable[..., Any], make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_and_stop(self: Checkpoints, *arguments: Any) -> None:
-        save(self, *arguments)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def save_and_stop(self: Checkpoints, step: int, *arguments: Any) -> None:
+        save(self, step, *arguments)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     save = Checkpoints.save
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped after step 6, which is saved"):
@@ -495,6 +498,61 @@ def test_kept_weights_and_patience_outlive_an_end_at_any_step(
         assert same_weights(resumed, unbroken) and untimed(history_again) == untimed(history)
         for name in ("kept_step", "val_loss", "steps", "train_loss"):
             assert metrics_again[name] == metrics[name]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"optimizer": "muon", "decay_fraction": 0.5},
+        {"optimizer": "adamw", "initialization": "bigrams", "decay_fraction": 0},
+        {"keep": "best", "decay_fraction": 0.25},
+        {"keep": "best", "decay_fraction": 0.25, "patience": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ends", ["never", "killed", "stopped"])
+def test_extended_training_equals_an_unbroken_one(
+    run: Callable[..., Any],
+    make_model: MakeModel,
+    make_train_params: MakeTrainParams,
+    given_losses: dict[int, float],
+    tmp_path: Path,
+    kind: dict[str, Any],
+    ends: str,
+) -> None:
+    """Its first 7 steps, or 5, are those of a shorter training, which may end early as well."""
+    long = {"eval_interval": 2, "log_interval": 3, "checkpoint_interval": 100, "max_steps": 12} | kind
+    short = long | {"max_steps": 7}
+    given_losses[7] = 1.0
+    unbroken, metrics, history = run(**long)
+    first, second = (
+        Checkpoints(tmp_path / str(one["max_steps"]), shared_steps(make_train_params(**one))) for one in (short, long)
+    )
+    model, steps = make_model(dropout=0.2), itertools.count(1)
+
+    def end(module: torch.nn.Module, _: Any) -> None:
+        if module.training and next(steps) == 7 and ends != "never":
+            if ends == "killed":
+                raise Death
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    model.layer_norm.register_forward_pre_hook(end)
+    with first.locked(), contextlib.suppress(Death, Stopped):
+        run(model, first, **short)
+    if ends == "never":
+        first.finish()
+        first = Checkpoints(tmp_path / "finished", first.shared_steps)
+    shared = first.shared()
+    assert (
+        shared
+        and saved_steps(shared.parent)[0] == first.shared_steps == {0: 6, 0.25: 5, 0.5: 3}[kind["decay_fraction"]]
+    )
+    with second.locked():
+        second.go_on_from(shared)
+        extended, metrics_again, history_again = run(None, second, **long)
+    assert same_weights(extended, unbroken) and untimed(history_again) == untimed(history)
+    for name in ("kept_step", "val_loss", "steps", "train_loss"):
+        assert metrics_again[name] == metrics[name]
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ def run_training(
             log.restore(log_state)
         else:
             start = 0
+            print("starting at step 0: there is no checkpoint of this training", flush=True)
             initialize(model, train_tokens, seen_tokens, params)
             validate(trainer, log, 0)
         if device.type == "cuda" and not log.is_over(start):

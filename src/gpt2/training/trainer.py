@@ -17,7 +17,7 @@ from gpt2.core.progress import Progress
 from gpt2.data.batches import Purpose, Tokens, TrainingBatches, seed_torch, validation_batches
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.training.checkpoints import Checkpoints
-from gpt2.training.optimizers import build_optimizers, set_learning_rates
+from gpt2.training.optimizers import build_optimizers, set_learning_rates, shared_steps
 from gpt2.training.training_log import TrainingLog
 
 
@@ -112,7 +112,7 @@ def train(trainer: Trainer, log: TrainingLog, start: int, stop_signal: Callable[
         last = log.is_over(done)
         if last or done % params.log_interval == 0:
             log.log_training(done)
-        if last or stopping or done % params.checkpoint_interval == 0:
+        if last or stopping or done % params.checkpoint_interval == 0 or done == shared_steps(params):
             with log.paused():
                 trainer.save(done, log.state())
         if stopping or (last and stop_signal()):  # also one that came while the last step was saved
