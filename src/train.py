@@ -1,6 +1,7 @@
 """Stage train: a GPT-2 learns the training split; its weights go to data/model, its curves to data/plots."""
 
 import os
+from pathlib import Path
 
 from gpt2.core.environment import MLFLOW_DEFAULTS, OPENMP_DEFAULTS
 
@@ -45,6 +46,9 @@ def main() -> None:
     seen = load_seen(TOKENS / SEEN_TOKENS, config.vocab_size)
     checkpoints = Checkpoints(checkpoint_folder(lineage["train_key"]), shared_steps(params.train))
 
+    def write_model(folder: Path) -> str:
+        return save_model(model, config, folder, params.train, seen if params.train.fused else None)
+
     # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
     with file_lock(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
         lineage = first_lineage(lineage)
@@ -53,11 +57,19 @@ def main() -> None:
         if checkpoints.is_empty() and (path := shared_checkpoint(lineage)):
             print(f"going on from {path}, which has the same first steps", flush=True)
             checkpoints.go_on_from(path)
-        with training_run(params, lineage) as log_metrics:
+        with training_run(params, lineage) as (log_metrics, log_weights):
             metrics, history = run_training(
-                model, train_tokens, val_tokens, seen, params.train, params.runtime, checkpoints, log_metrics
+                model,
+                train_tokens,
+                val_tokens,
+                seen,
+                params.train,
+                params.runtime,
+                checkpoints,
+                log_metrics,
+                lambda step: log_weights(step, write_model),
             )
-        digest = save_model(model, config, MODEL, params.train, seen if params.train.fused else None)
+        digest = write_model(MODEL)
         write_json(LINEAGE, lineage)
         write_curves(history, PLOTS)
         write_json(METRICS / "train.json", metrics)

@@ -169,7 +169,8 @@ def test_a_finished_training_is_extended(
     checkout: Path, environment: dict[str, str], tmp_path: Path, repro: Repro
 ) -> None:
     extended, unbroken = (
-        clone(checkout, tmp_path / name / "gpt2", max_steps=steps) for name, steps in (("short", 20), ("long", 40))
+        clone(checkout, tmp_path / name / "gpt2", max_steps=steps, log_checkpoints=15)
+        for name, steps in (("short", 20), ("long", 40))
     )
     assert repro(extended, "").wait(600) == 0
     shutil.copy(unbroken / "params.yaml", extended)
@@ -183,6 +184,10 @@ def test_a_finished_training_is_extended(
     assert_complete(extended, long, 40)
     points = [client_of(extended).get_metric_history(run.info.run_id, "val/loss") for run in (short, long)]
     assert [[point.step for point in one] for one in points] == [[0, *range(3, 20, 3), 20], [0, *range(3, 40, 3), 40]]
+    models = client_of(extended).search_logged_models([long.info.experiment_id], "name LIKE 'step-%'")
+    assert sorted(model.name for model in models) == ["step-15", "step-15", "step-30"]
+    uris = [f"runs:/{short.info.run_id}/step-15", *(f"models:/{model.model_id}" for model in models)]
+    run_scripts([f"infer.py --model {uri} --prompt Roses --max_tokens 3" for uri in uris], extended, environment)
     run_scripts(["train.py --remove-checkpoints"], extended, environment)
     assert not list((extended / ".cache/train").iterdir())
 

@@ -21,6 +21,7 @@ from gpt2.data.batches import TrainingBatches
 from gpt2.model.gpt2 import GPT2Model, PositionwiseFeedForward
 from gpt2.model.seen_tokens import SeenTokens
 from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.history import LogWeights
 from gpt2.training.optimizers import shared_steps
 from gpt2.training.run import build_model, initialize, run_training, use_fused_parts
 from gpt2.training.trainer import Trainer
@@ -43,6 +44,7 @@ def run(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Pat
         model: GPT2Model | None = None,
         checkpoints: Checkpoints | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
+        log_weights: LogWeights = lambda step: None,
         **changes: Any,
     ) -> tuple[GPT2Model, dict[str, float], History]:
         model = model or make_model(dropout=0.2)
@@ -51,7 +53,15 @@ def run(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Pat
         runtime = RuntimeParams(threads=1, device="cpu", precision=precision)
         checkpoints = checkpoints or Checkpoints(Path(tempfile.mkdtemp(dir=tmp_path)))
         metrics, returned = run_training(
-            model, TOKENS, TOKENS[:90], SEEN, params, runtime, checkpoints, lambda *point: history.append(point)
+            model,
+            TOKENS,
+            TOKENS[:90],
+            SEEN,
+            params,
+            runtime,
+            checkpoints,
+            lambda *point: history.append(point),
+            log_weights,
         )
         assert returned == history
         return model, metrics, history
@@ -553,6 +563,25 @@ def test_extended_training_equals_an_unbroken_one(
     assert same_weights(extended, unbroken) and untimed(history_again) == untimed(history)
     for name in ("kept_step", "val_loss", "steps", "train_loss"):
         assert metrics_again[name] == metrics[name]
+
+
+def test_weights_are_logged_at_the_due_steps_and_those_of_a_resumed_training_alike(
+    run: Callable[..., Any], make_model: MakeModel, tmp_path: Path
+) -> None:
+    changes = {"max_steps": 8, "eval_interval": 2, "log_checkpoints": 4, "checkpoint_interval": 5}
+    logged: list[tuple[int, Tensor]] = []
+    model = make_model(dropout=0.2)
+
+    def log(step: int) -> None:
+        logged.append((step, model.layer_norm.weight.detach().clone()))
+        if step == 8 and len(logged) == 2:
+            raise Death
+
+    with pytest.raises(Death):
+        run(model, Checkpoints(tmp_path), log_weights=log, **changes)
+    run(model, Checkpoints(tmp_path), log_weights=log, **changes)
+    assert [step for step, _ in logged] == [4, 8, 8] and torch.equal(logged[1][1], logged[2][1])
+    assert same_weights(model, run(**changes | {"log_checkpoints": None})[0])
 
 
 @pytest.mark.slow

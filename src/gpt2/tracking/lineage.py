@@ -21,7 +21,12 @@ from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.optimizers import shared_steps
 
 UNCOMMITTED = ("src", "dvc.yaml", "params.yaml", "requirements.txt")  # what a diff to the commit is of
-SHARED = {"max_steps", "decay_fraction", "checkpoint_interval"}  # may differ in trainings whose first steps are equal
+SHARED = {
+    "max_steps",
+    "decay_fraction",
+    "checkpoint_interval",
+    "log_checkpoints",
+}  # may differ where first steps are equal
 Lineage = dict[str, Any]
 
 

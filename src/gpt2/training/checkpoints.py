@@ -101,7 +101,7 @@ class Checkpoints:
     def go_on_from(self, checkpoint: Path) -> None:
         """Take a checkpoint of another training that has the same first steps. Raises OSError."""
         with suppress(FileNotFoundError):  # deleted meanwhile
-            written = shutil.copy(checkpoint, self.folder / "partial")
+            shutil.copy(checkpoint, written := self.folder / "partial")
             publish(written, self.folder / checkpoint.name)
 
     def finish(self) -> None:

@@ -16,7 +16,7 @@ from gpt2.training.attention import causal_attention
 from gpt2.training.bigrams import initialize_from_bigrams
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.cuda_graph import capture
-from gpt2.training.history import History, LogMetrics
+from gpt2.training.history import History, LogMetrics, LogWeights
 from gpt2.training.loss import FusedCrossEntropy
 from gpt2.training.trainer import Trainer, train, validate
 from gpt2.training.training_log import TrainingLog
@@ -44,12 +44,14 @@ def run_training(
     runtime: RuntimeParams,
     checkpoints: Checkpoints,
     log_metrics: LogMetrics,
+    log_weights: LogWeights = lambda step: None,
 ) -> tuple[dict[str, float], History]:
     """Train `model` on its device for params.max_steps optimizer steps, or until params.patience runs out.
 
     Return the final metrics and what was logged; the model then has the weights that params.keep names.
     `seen` (V,) tells which tokens the training split has. If there is a checkpoint, the training resumes from it, and
-    log_metrics(step, metrics) first receives the logged history again. On a CPU, the weights depend on the model, the
+    log_metrics(step, metrics) first receives the logged history again. log_weights(step) is called when the model's
+    weights are to be logged. On a CPU, the weights depend on the model, the
     tokens, params, threads and precision alone, not on interruptions; on a GPU, whose sums may come in another order,
     to rounding. Raises UserError if a split is too short for one window or a loss or gradient is not finite; Stopped
     on Ctrl-C or SIGTERM, after saving a checkpoint; OSError if none can be saved.
@@ -77,7 +79,7 @@ def run_training(
         if device.type == "cuda" and not log.is_over(start):
             trainer.gradients = capture(trainer.compute_gradients, *(x.to(device) for x in trainer.batches(start)))
     with stop_requests() as stop_signal:
-        train(trainer, log, start, stop_signal)
+        train(trainer, log, start, stop_signal, log_weights)
     if log.steps < params.max_steps:
         print(f"stopped early after step {log.steps}: the lowest val/loss is that of step {log.best_step}", flush=True)
     model.load_state_dict(trainer.best, strict=False)

@@ -17,6 +17,7 @@ from gpt2.core.progress import Progress
 from gpt2.data.batches import Purpose, Tokens, TrainingBatches, seed_torch, validation_batches
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.history import LogWeights
 from gpt2.training.optimizers import build_optimizers, set_learning_rates, shared_steps
 from gpt2.training.training_log import TrainingLog
 
@@ -93,7 +94,9 @@ def validate(trainer: Trainer, log: TrainingLog, step: int) -> None:
         trainer.best = {name: weight.detach().cpu().clone() for name, weight in trainer.model.named_parameters()}
 
 
-def train(trainer: Trainer, log: TrainingLog, start: int, stop_signal: Callable[[], int]) -> None:
+def train(
+    trainer: Trainer, log: TrainingLog, start: int, stop_signal: Callable[[], int], log_weights: LogWeights
+) -> None:
     """Do all steps from `start` on: the loop.
 
     stop_signal() returns the number of the signal that asked to stop, or 0. Raises Stopped then, after saving;
@@ -109,6 +112,8 @@ def train(trainer: Trainer, log: TrainingLog, start: int, stop_signal: Callable[
         if done == params.max_steps or done % params.eval_interval == 0:
             with log.paused():
                 validate(trainer, log, done)
+                if params.log_checkpoints and done % params.log_checkpoints == 0:
+                    log_weights(done)
         last = log.is_over(done)
         if last or done % params.log_interval == 0:
             log.log_training(done)
