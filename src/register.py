@@ -19,11 +19,13 @@ from gpt2.model.weights import read_config, short_name
 from gpt2.tracking.card import describe, read_card
 from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, choose_champion, promote
 from gpt2.tracking.lineage import Lineage, checkpoint_folder, differences
+from gpt2.tracking.logged_models import MODEL_SHA256
 from gpt2.tracking.provenance import provenance
 from gpt2.tracking.registry import TEST_LOSS, register, verify
-from gpt2.tracking.runs import MODEL_SHA256, lineage_tags, mirror_run
+from gpt2.tracking.runs import lineage_tags, mirror_run
 from gpt2.tracking.store import charts_address, repair
 from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.optimizers import shared_steps
 
 
 def main() -> None:
@@ -69,7 +71,7 @@ def register_results() -> None:
     print(f"run {run.info.run_name}: {run.info.run_id}")
     print(f"charts of all runs: {charts}")
     print(verdict)
-    Checkpoints(checkpoint_folder(lineage["train_key"])).remove()
+    Checkpoints(checkpoint_folder(lineage["train_key"]), shared_steps(params.train)).finish()
     # The same results leave the same receipt, whatever ids and version numbers the store gave them.
     write_json(RECEIPT, {"name": name, "alias": alias, **made_from, **measured})
 

@@ -45,6 +45,7 @@ def main() -> None:
         lineage, evaluated, sampled, documents, samples = read_results(sha256[:8])
         trained = lineage["train"]
         curves = tables.training(PLOTS, trained["batch_size"] * trained["sequence_length"])
+        kept = curves.nsmallest(1, "val_loss") if trained["keep"] == "best" else curves.tail(1)
         is_sotu = lineage["prepare"]["source"] == "sotu"
         groups = tables.sotu_groups(documents) if is_sotu else pd.DataFrame()
     except (KeyError, TypeError, ValueError) as error:
@@ -71,6 +72,7 @@ def main() -> None:
         Results(
             model_sha256=sha256,
             parameters=model.count_parameters(),
+            steps=int(kept["step"].iloc[0]),
             vocab_size=config.vocab_size,
             lineage=lineage,
             evaluated=evaluated,

@@ -1,6 +1,7 @@
 """Stage train: a GPT-2 learns the training split; its weights go to data/model, its curves to data/plots."""
 
 import os
+from pathlib import Path
 
 from gpt2.core.environment import MLFLOW_DEFAULTS, OPENMP_DEFAULTS
 
@@ -19,12 +20,14 @@ from gpt2.tracking.lineage import (
     collect_lineage,
     describe_saved_trainings,
     first_lineage,
+    shared_checkpoint,
     with_parent,
 )
 from gpt2.tracking.named_models import load_parent
 from gpt2.tracking.runs import training_run
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.history import write_curves
+from gpt2.training.optimizers import shared_steps
 from gpt2.training.run import build_model, check_shape, run_training, take_weights
 
 
@@ -53,22 +56,37 @@ def main() -> None:
         del parent  # it takes memory
     print(f"{model.count_parameters():,} parameters", flush=True)
     train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
-    checkpoints = Checkpoints(checkpoint_folder(lineage["train_key"]))
+    checkpoints = Checkpoints(checkpoint_folder(lineage["train_key"]), shared_steps(params.train))
+
+    def write_model(folder: Path) -> str:
+        return save_model(model, config, folder, params.train, seen if params.train.fused else None)
 
     # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
     with file_lock(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():
         lineage = first_lineage(lineage)
         for line in describe_saved_trainings(lineage):
             print(f"{line}; `python src/train.py --remove-checkpoints` deletes them", flush=True)
-        with training_run(params, lineage) as log_metrics:
+        if checkpoints.is_empty() and (path := shared_checkpoint(lineage)):
+            print(f"going on from {path}, which has the same first steps", flush=True)
+            checkpoints.go_on_from(path)
+        with training_run(params, lineage) as (log_metrics, log_weights):
             metrics, history = run_training(
-                model, train_tokens, val_tokens, seen, params.train, params.runtime, checkpoints, log_metrics
+                model,
+                train_tokens,
+                val_tokens,
+                seen,
+                params.train,
+                params.runtime,
+                checkpoints,
+                log_metrics,
+                lambda step: log_weights(step, write_model),
             )
-        digest = save_model(model, config, MODEL, params.train, seen if params.train.fused else None)
+        digest = write_model(MODEL)
         write_json(LINEAGE, lineage)
         write_curves(history, PLOTS)
         write_json(METRICS / "train.json", metrics)
-    # The checkpoints stay until register has run: DVC may be killed before it has taken note of these results.
+    # The checkpoints stay until register has run: DVC may be killed before it has taken note of these results. Then one
+    # stays, for a longer training.
     print(f"val loss {metrics['val_loss']:.4f}; weights {digest[:12]}")
 
 

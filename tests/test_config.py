@@ -131,6 +131,8 @@ def test_all_conflicts_between_sections_are_reported_at_once(problem: Callable[.
         ("train", None),
         ("train", [1, 2]),
         ("train.checkpoint_interval", 0),
+        ("train.keep", "first"),
+        ("train.patience", 0),
         ("train.warmup_steps", 2**31),
         ("train.compile", "yes"),
         ("train.compile", 1),

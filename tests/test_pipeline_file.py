@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2.tracking.registry import PACKAGES
+from gpt2.tracking.logged_models import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"

@@ -100,6 +100,15 @@ def test_the_same_files_give_the_same_bytes(data: Path, offline: None) -> None:
     assert curves["tokens"].tolist() == [0, 5 * 8 * 8]
 
 
+@pytest.mark.parametrize(("keep", "steps"), [("last", 5), ("best", 0)])
+def test_the_page_tells_whose_steps_the_weights_are(data: Path, keep: str, steps: int) -> None:
+    lineage = json.loads((data / "lineage.json").read_text())
+    lineage["train"]["keep"] = keep
+    (data / "lineage.json").write_text(json.dumps(lineage))
+    report.main()
+    assert f"trained for {steps} steps" in (data / "report/index.html").read_text()
+
+
 def test_results_of_another_model_and_broken_ones_are_refused(data: Path, error_line: ErrorLine) -> None:
     (data / "samples/samples.csv").write_text("")
     assert "the results cannot be read" in error_line(report.main)

@@ -150,9 +150,18 @@ class TrainParams(Section):
     log_interval: Count
     eval_interval: Count
     eval_windows: Count
+    keep: Literal["last", "best"]
+    patience: Count | None
     checkpoint_interval: Count
+    log_checkpoints: Count | None
     fused: bool
     compile: bool
+
+    @model_validator(mode="after")
+    def _logs_at_validations(self) -> Self:
+        if self.log_checkpoints and self.log_checkpoints % self.eval_interval:
+            raise ValueError(f"log_checkpoints {self.log_checkpoints} is not a multiple of eval_interval")
+        return self
 
 
 class RuntimeParams(Section):

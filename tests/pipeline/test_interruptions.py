@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,7 +119,8 @@ def test_killed_at_any_moment_equals_unbroken(
     assert digests(killed) == digests(unbroken)
     (run,) = runs_by_name(killed).values()
     assert_complete(killed, run, max_steps)
-    assert not list((killed / ".cache/train").iterdir())
+    (kept,) = (killed / ".cache/train").iterdir()
+    assert kept.name == "finished" and len(list(kept.glob("*.safetensors"))) == 1
 
 
 def test_ctrl_c_saves_first_and_the_next_repro_goes_on(
@@ -161,7 +163,33 @@ def test_an_edit_during_a_training_is_not_what_has_trained(
     for tags in (run.data.tags, version.tags):
         assert tags["gpt2.train_key"] == lineage["train_key"]
         assert tags["mlflow.source.git.commit"] == lineage["commit"]
-    assert not list((folder / ".cache/train").iterdir())
+
+
+def test_a_finished_training_is_extended(
+    checkout: Path, environment: dict[str, str], tmp_path: Path, repro: Repro
+) -> None:
+    extended, unbroken = (
+        clone(checkout, tmp_path / name / "gpt2", max_steps=steps, log_checkpoints=15)
+        for name, steps in (("short", 20), ("long", 40))
+    )
+    assert repro(extended, "").wait(600) == 0
+    shutil.copy(unbroken / "params.yaml", extended)
+    assert repro(extended, "").wait(600) == 0
+    steps = [int(line) for line in (tmp_path / "steps").read_text().split()]
+    assert steps == [*range(20), *range(10, 40)]
+    run_scripts([f"{stage}.py" for stage in STAGES if stage != "register"], unbroken, environment)
+    assert digests(extended) == digests(unbroken)
+    short, long = sorted(runs_by_name(extended).values(), key=lambda run: run.info.start_time)
+    assert_complete(extended, short, 20)
+    assert_complete(extended, long, 40)
+    points = [client_of(extended).get_metric_history(run.info.run_id, "val/loss") for run in (short, long)]
+    assert [[point.step for point in one] for one in points] == [[0, *range(3, 20, 3), 20], [0, *range(3, 40, 3), 40]]
+    models = client_of(extended).search_logged_models([long.info.experiment_id], "name LIKE 'step-%'")
+    assert sorted(model.name for model in models) == ["step-15", "step-15", "step-30"]
+    uris = [f"runs:/{short.info.run_id}/step-15", *(f"models:/{model.model_id}" for model in models)]
+    run_scripts([f"infer.py --model {uri} --prompt Roses --max_tokens 3" for uri in uris], extended, environment)
+    run_scripts(["train.py --remove-checkpoints"], extended, environment)
+    assert not list((extended / ".cache/train").iterdir())
 
 
 @contextlib.contextmanager

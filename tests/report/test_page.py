@@ -41,6 +41,7 @@ def results(shipped: dict[str, Any]) -> Results:
     return Results(
         model_sha256="0123456789" * 6 + "abcd",
         parameters=1000,
+        steps=80,
         vocab_size=50257,
         lineage=lineage | {"files": {EVIL: "sha"}},
         evaluated=figures | {f"val_{name}": value for name, value in figures.items()},

@@ -18,7 +18,9 @@ SAMPLES = 'prompt,temperature,top_k,top_p,min_p,repetition_penalty,seed,text\nTh
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("METRICS", "SAMPLES", "TOKENS"):
         monkeypatch.setattr(cards, name, tmp_path / name.lower())
-    write_json(tmp_path / "metrics/train.json", {"tokens": 1500, "parameters": 49_434_624})
+    write_json(
+        tmp_path / "metrics/train.json", {"tokens": 1500, "parameters": 49_434_624, "steps": 90, "kept_step": 80}
+    )
     write_json(tmp_path / "metrics/evaluate.json", {"loss": 4.0, "val_loss": 5.0})
     write_json(tmp_path / "metrics/sample.json", {"copied_8grams": 0.25})
     splits = {split: {"documents": 3, "tokens": 1000, "bytes": 4000} for split in ("train", "val", "test")}
@@ -45,6 +47,7 @@ def test_a_card_tells_the_figures_first_and_then_what_a_reader_needs(results: Pa
         "learning_rate 0.002, embedding_learning_rate 4e-05",
         "tie_weights false",
         "1.50 passes over the training split",
+        "The weights are those of step 80 of 90.",
         "a machine of a test, from commit c0ffee with uncommitted changes (src/train.py)",
         "| perplexity | 148.4 | 54.6 |",
         "25% stand in the training split",

@@ -18,8 +18,9 @@ from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import save_model
 from gpt2.tracking import champion
 from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, VERDICT, choose_champion, promote
+from gpt2.tracking.logged_models import MODEL_SHA256
 from gpt2.tracking.registry import TEST_LOSS, fetch_model
-from gpt2.tracking.runs import MODEL_SHA256, PARENT_SHA256
+from gpt2.tracking.runs import PARENT_SHA256
 from gpt2.tracking.store import open_store
 
 VALIDATION = {"a": 30, "b": 20}  # documents of the workspace's validation split, and their tokens

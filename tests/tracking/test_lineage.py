@@ -15,6 +15,7 @@ from gpt2.config import Params, check
 from gpt2.core.files import sha256_of
 from gpt2.tracking import lineage
 from gpt2.tracking.lineage import (
+    Lineage,
     changes_since_commit,
     collect_lineage,
     describe_saved_trainings,
@@ -23,6 +24,7 @@ from gpt2.tracking.lineage import (
     flatten,
     hash_of,
     run_key,
+    shared_checkpoint,
     with_parent,
 )
 from gpt2.tracking.runs import PARENT, PARENT_SHA256, lineage_tags
@@ -143,6 +145,32 @@ def test_a_resumed_training_keeps_the_lineage_of_its_first_start_and_others_tell
     assert describe_saved_trainings(other)[0].endswith("(train.learning_rate 0.002, not 0.1; another src/train.py)")
     with Checkpoints(folder).locked():
         assert describe_saved_trainings(other) == []
+
+
+def test_a_training_goes_on_from_the_last_checkpoint_that_another_shares_with_it(
+    checkout: Path, params: Callable[..., Params]
+) -> None:
+    def collected(**changes: Any) -> Lineage:
+        return first_lineage(collect_lineage(params(**changes), threads=1))
+
+    def found(**changes: Any) -> Path | None:
+        return shared_checkpoint(collect_lineage(params(**changes), threads=1))
+
+    paths = {}
+    for max_steps, steps in ((80, (20, 40, 60)), (160, (40, 60, 100))):  # they share 40 and 80 steps
+        folder = lineage.checkpoint_folder(collected(max_steps=max_steps)["train_key"])
+        for step in steps:
+            paths[max_steps, step] = folder / f"{step:010}-{'0' * 64}.safetensors"
+            paths[max_steps, step].touch()
+    assert found(max_steps=320, checkpoint_interval=7) == found(max_steps=200) == paths[160, 60]
+    assert found(max_steps=160) == paths[80, 40]  # not its own
+    assert found(max_steps=80, decay_fraction=0.75) == paths[80, 20]
+    assert found(max_steps=20) is None
+    for changes in ({"learning_rate": 0.1}, {"warmup_steps": 6}, {"keep": "best"}, {"patience": 1}):
+        assert found(max_steps=320, **changes) is None
+    with (checkout / "src/gpt2/training/loss.py").open("a") as file:
+        file.write("# changed\n")
+    assert found(max_steps=320) is None
 
 
 def test_differences_join_names_and_keep_lists() -> None:

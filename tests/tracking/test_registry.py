@@ -16,10 +16,11 @@ from gpt2.model.weights import save_model
 from gpt2.tracking import registry
 from gpt2.tracking import store as stores
 from gpt2.tracking.card import Card, describe
+from gpt2.tracking.logged_models import MODEL_SHA256, SIGNATURE
 from gpt2.tracking.named_models import load_parent
 from gpt2.tracking.provenance import reproduction
-from gpt2.tracking.registry import RUN_ID, SIGNATURE, TEST_LOSS, fetch_model, logged_model_of
-from gpt2.tracking.runs import MODEL_SHA256, PARENT
+from gpt2.tracking.registry import RUN_ID, TEST_LOSS, fetch_model, logged_model_of
+from gpt2.tracking.runs import PARENT
 from gpt2.tracking.store import open_store
 
 ErrorLine = Callable[[Callable[[], object]], str]

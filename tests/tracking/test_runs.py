@@ -22,7 +22,14 @@ from gpt2.tracking.runs import BATCH_LIMIT, COMMIT, RESULTS_KEY, SAMPLES_TABLE, 
 from gpt2.tracking.store import open_store
 from gpt2.training.history import write_curves
 
-LINEAGE = {"train_key": "5" * 64, "commit": "c0ffee", "uncommitted": [], "environment": "of a test", "threads": 2}
+LINEAGE = {
+    "train_key": "5" * 64,
+    "train": {},
+    "commit": "c0ffee",
+    "uncommitted": [],
+    "environment": "of a test",
+    "threads": 2,
+}
 
 
 @pytest.fixture
@@ -44,7 +51,7 @@ def points(run: Run, name: str) -> list[tuple[int, float]]:
 
 def test_a_long_curve_is_logged_whole(params: Params) -> None:
     steps = BATCH_LIMIT + 1
-    with training_run(params, LINEAGE) as log_metrics:
+    with training_run(params, LINEAGE) as (log_metrics, _):
         for step in range(steps):
             log_metrics(step, {"train/loss": 1 / (step + 1)})
     (run,) = runs_of(params)
@@ -63,7 +70,7 @@ def test_a_training_leaves_a_finished_run(params: Params, store: Path) -> None:
     receipt = store / "mlartifacts" / "receipt.json"
     receipt.parent.mkdir(exist_ok=True)
     receipt.touch()
-    with training_run(params, LINEAGE) as log_metrics:
+    with training_run(params, LINEAGE) as (log_metrics, _):
         log_metrics(1, {"train/loss": 5.0})
         log_metrics(2, {"train/loss": 4.0, "val/loss": 4.5})
     (run,) = runs_of(params)
@@ -81,9 +88,8 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("METRICS", "PLOTS", "REPORT", "SAMPLES", "TOKENS"):
         for module in (tracking, datasets):
             monkeypatch.setattr(module, name, tmp_path / name.lower(), raising=False)
-    write_json(
-        tmp_path / "metrics/train.json", {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10, "val_loss": 4.5}
-    )
+    trained = {"tokens": 8, "peak_memory_bytes": 9, "parameters": 10, "val_loss": 4.5, "kept_step": 7}
+    write_json(tmp_path / "metrics/train.json", trained)
     write_json(
         tmp_path / "metrics/evaluate.json", {"loss": 4.0, "perplexity": None, "bits_per_byte": 1.5, "val_loss": 4.1}
     )
@@ -102,6 +108,7 @@ def assert_mirrored(run: Run, params: Params) -> None:
     final = {
         "test/loss": 4.0,
         "train/tokens": 8,
+        "train/kept_step": 7,
         "val/full_loss": 4.5,
         **{f"sample/{name}": value for name, value in SAMPLED.items()},
     }
@@ -128,7 +135,7 @@ def assert_mirrored(run: Run, params: Params) -> None:
 
 
 def test_a_mirror_completes_a_trainings_run_or_is_made_anew_from_the_files(params: Params, results: Path) -> None:
-    with training_run(params, LINEAGE) as log_metrics:
+    with training_run(params, LINEAGE) as (log_metrics, _):
         log_metrics(1, {"train/loss": 5.0, "val/full_loss": 4.5})
     (trained,) = runs_of(params)
     for _ in range(2):
@@ -176,7 +183,7 @@ def test_other_figures_of_the_samples_are_another_run(params: Params, results: P
 
 
 def test_a_failed_training_leaves_a_failed_run_and_its_error(params: Params) -> None:
-    with pytest.raises(ZeroDivisionError), training_run(params, LINEAGE) as log_metrics:
+    with pytest.raises(ZeroDivisionError), training_run(params, LINEAGE) as (log_metrics, _):
         log_metrics(1, {"train/loss": 5.0})
         raise ZeroDivisionError
     (run,) = runs_of(params)
@@ -184,7 +191,7 @@ def test_a_failed_training_leaves_a_failed_run_and_its_error(params: Params) -> 
 
 
 def test_a_stopped_training_leaves_a_killed_run(params: Params) -> None:
-    with pytest.raises(Stopped), training_run(params, LINEAGE) as log_metrics:
+    with pytest.raises(Stopped), training_run(params, LINEAGE) as (log_metrics, _):
         log_metrics(1, {"train/loss": 5.0})
         raise Stopped(signal.SIGTERM, "stopped")
     (run,) = runs_of(params)
@@ -193,11 +200,11 @@ def test_a_stopped_training_leaves_a_killed_run(params: Params) -> None:
 
 @pytest.mark.parametrize("status", ["RUNNING", "KILLED", "FAILED", "FINISHED"])
 def test_a_run_without_results_is_continued_and_no_point_comes_twice(params: Params, status: str) -> None:
-    with training_run(params, LINEAGE) as log_metrics:
+    with training_run(params, LINEAGE) as (log_metrics, _):
         log_metrics(1, {"train/loss": 5.0})
     (dead,) = runs_of(params)
     mlflow.MlflowClient().update_run(dead.info.run_id, status=status)
-    with training_run(params, LINEAGE) as log_metrics:
+    with training_run(params, LINEAGE) as (log_metrics, _):
         log_metrics(1, {"train/loss": 5.0})
         log_metrics(2, {"train/loss": 4.0})
     (run,) = runs_of(params)
@@ -223,7 +230,7 @@ def test_a_store_that_fails_does_not_fail_the_training(
 
     monkeypatch.setattr(mlflow.MlflowClient, failing, fail)
     trained = False
-    with training_run(params, LINEAGE) as log_metrics:
+    with training_run(params, LINEAGE) as (log_metrics, _):
         log_metrics(1, {"train/loss": 5.0})
         trained = True
     assert trained
@@ -244,7 +251,7 @@ def test_a_store_that_fails_for_a_while_shows_how_the_training_ended(
     ending: BaseException | None, status: str, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "FLUSH_SECONDS", -1)
-    with contextlib.suppress(ZeroDivisionError, Stopped, SystemExit), training_run(params, LINEAGE) as log_metrics:
+    with contextlib.suppress(ZeroDivisionError, Stopped, SystemExit), training_run(params, LINEAGE) as (log_metrics, _):
         log_metrics(1, {"train/loss": 5.0})
         with monkeypatch.context() as patch:
             patch.delattr(mlflow.MlflowClient, "log_batch")
@@ -263,7 +270,7 @@ def test_a_store_that_cannot_be_fails_no_training_and_takes_no_time(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     begun = time.monotonic()
-    with training_run(params, LINEAGE) as log_metrics:
+    with training_run(params, LINEAGE) as (log_metrics, _):
         log_metrics(1, {"train/loss": 5.0})
     assert time.monotonic() < begun + 20
     assert capsys.readouterr().err.startswith("warning: MLflow's store fails, so training continues without it")
@@ -280,7 +287,7 @@ def test_the_run_of_a_killed_experiment_is_resumed_under_another_name(
         (None, "FINISHED"),
     ):
         monkeypatch.setenv("DVC_EXP_NAME", name or "")
-        with training_run(params, LINEAGE) as log_metrics:
+        with training_run(params, LINEAGE) as (log_metrics, _):
             log_metrics(1, {"train/loss": 5.0})
         newest = runs_of(params)[0]
         assert newest.data.tags.get("dvc.experiment") == name
@@ -297,7 +304,7 @@ def test_a_run_of_another_program_is_never_taken_over(
     foreign = client.create_run(client.create_experiment("foreign"), run_name="foreign")
     monkeypatch.setenv("MLFLOW_RUN_ID", foreign.info.run_id)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "foreign")
-    with training_run(params, LINEAGE) as log_metrics:
+    with training_run(params, LINEAGE) as (log_metrics, _):
         log_metrics(1, {"train/loss": 5.0})
     (run,) = runs_of(params)
     assert run.info.run_id != foreign.info.run_id and points(run, "train/loss") == [(1, 5.0)]

@@ -77,7 +77,8 @@ import pandas as pd
 from mlflow.data.pandas_dataset import from_pandas
 from gpt2.tracking import registry
 from gpt2.tracking.champion import STRIDE, VAL_LOSS, promote
-from gpt2.tracking.runs import ENVIRONMENT, MODEL_SHA256, THREADS
+from gpt2.tracking.logged_models import MODEL_SHA256
+from gpt2.tracking.runs import ENVIRONMENT, THREADS
 registry.MODEL, registry.PARAMS = root / "model", root / "params.yaml"
 registry.LINEAGE, registry.DOCUMENTS = root / "lineage.json", root / "documents.csv"
 made_from = {{MODEL_SHA256: "{digest}", ENVIRONMENT: "of a test", THREADS: "1"}}

@@ -85,6 +85,24 @@ def test_last_two_checkpoints_are_kept(tmp_path: Path, trained: Train) -> None:
     assert checkpoints.last() == f"the last good checkpoint is that of step 100, in {tmp_path}"
 
 
+def test_last_checkpoint_that_a_longer_training_shares_is_kept_and_replaces_that_of_another(
+    tmp_path: Path, trained: Train
+) -> None:
+    for key, steps in (("one", (2, 4, 6, 8)), ("other", (1, 3, 7, 9, 11))):
+        checkpoints = Checkpoints(tmp_path / key, shared_steps=5)
+        with checkpoints.locked():
+            for step in steps:
+                checkpoints.save(step, *trained(0), {})
+            checkpoints.finish()  # not while it is in use
+            shared = max(step for step in steps if step <= 5)
+            assert [int(path.name[:10]) for path in sorted(checkpoints.folder.iterdir())] == [shared, *steps[-2:]]
+        checkpoints.finish()
+        assert [path.name for path in tmp_path.iterdir()] == ["finished"]
+        assert [int(path.name[:10]) for path in (tmp_path / "finished").iterdir()] == [shared]
+    Checkpoints(tmp_path / "none", shared_steps=5).finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["finished"]
+
+
 def test_without_checkpoints_there_is_nothing_to_restore(tmp_path: Path, trained: Train) -> None:
     assert Checkpoints(tmp_path / "absent").restore(*trained(0)) is None
 

@@ -2,15 +2,40 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpt2.config import TrainParams
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.training.muon import Muon
-from gpt2.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
+from gpt2.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates, shared_steps
 
 MakeModel = Callable[..., GPT2Model]
 MakeTrainParams = Callable[..., TrainParams]
 Build = Callable[..., tuple[GPT2Model, list[torch.optim.Optimizer]]]
+
+
+@given(
+    steps=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    fractions=st.tuples(st.floats(0, 1), st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+    warmup_steps=st.integers(0, 100),
+)
+def test_trainings_share_the_steps_before_the_first_decay(
+    make_train_params: MakeTrainParams, steps: tuple[int, int], fractions: tuple[float, float], warmup_steps: int
+) -> None:
+    one, other = (
+        make_train_params(max_steps=count, decay_fraction=fraction, warmup_steps=warmup_steps)
+        for count, fraction in zip(steps, fractions, strict=True)
+    )
+    shared = min(shared_steps(one), shared_steps(other))
+    assert 0 <= shared < min(steps)
+    factors = [[learning_rate_factor(step, params) for step in range(shared)] for params in (one, other)]
+    assert factors[0] == factors[1]
+
+
+@pytest.mark.parametrize(("fraction", "shared"), [(0, 79), (0.01, 79), (0.5, 40), (0.99, 0), (1, 0)])
+def test_no_step_that_could_be_shared_is_lost(make_train_params: MakeTrainParams, fraction: float, shared: int) -> None:
+    assert shared_steps(make_train_params(max_steps=80, decay_fraction=fraction)) == shared
 
 
 @pytest.fixture

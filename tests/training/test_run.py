@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import math
@@ -20,6 +21,8 @@ from gpt2.data.batches import SeenMask, TrainingBatches, validation_batches
 from gpt2.model.gpt2 import GPT2Model, PositionwiseFeedForward
 from gpt2.model.seen_tokens import SeenTokens, keep_rows
 from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.history import LogWeights
+from gpt2.training.optimizers import shared_steps
 from gpt2.training.run import build_model, check_shape, initialize, run_training, take_weights, use_fused_parts
 from gpt2.training.trainer import Trainer
 from gpt2.training.training_log import TrainingLog
@@ -42,6 +45,7 @@ def run(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Pat
         checkpoints: Checkpoints | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
         seen: SeenMask = SEEN,
+        log_weights: LogWeights = lambda step: None,
         **changes: Any,
     ) -> tuple[GPT2Model, dict[str, float], History]:
         model = model or make_model(dropout=0.2)
@@ -50,7 +54,15 @@ def run(make_model: MakeModel, make_train_params: MakeTrainParams, tmp_path: Pat
         runtime = RuntimeParams(threads=1, device="cpu", precision=precision)
         checkpoints = checkpoints or Checkpoints(Path(tempfile.mkdtemp(dir=tmp_path)))
         metrics, returned = run_training(
-            model, TOKENS, TOKENS[:90], seen, params, runtime, checkpoints, lambda *point: history.append(point)
+            model,
+            TOKENS,
+            TOKENS[:90],
+            seen,
+            params,
+            runtime,
+            checkpoints,
+            lambda *point: history.append(point),
+            log_weights,
         )
         assert returned == history
         return model, metrics, history
@@ -222,8 +234,7 @@ def test_metrics_are_logged_at_the_due_steps(run: Callable[..., Any]) -> None:
     assert [step for step, logged in history if "val/loss" in logged] == [0, 2, 4, 6, 7]
     assert len(history) == 8
     assert history[2][1]["train/learning_rate"] == pytest.approx(0.1)
-    last = {name: value for step, logged in history if step == 7 for name, value in logged.items()}
-    assert (last["train/loss"], last["val/full_loss"]) == (metrics["train_loss"], metrics["val_loss"])
+    assert history[-1][1]["train/loss"] == metrics["train_loss"]
 
 
 def test_logged_train_loss_is_the_mean_since_the_last(run: Callable[..., Any]) -> None:
@@ -247,7 +258,7 @@ def test_validation_takes_the_same_windows_each_time_and_all_at_the_end(
 
 def test_final_metrics_hold_what_the_contract_names(run: Callable[..., Any]) -> None:
     model, metrics, _ = run()
-    assert metrics["steps"] == 6
+    assert metrics["steps"] == metrics["kept_step"] == 6
     assert metrics["tokens"] == 6 * 4 * 8
     assert metrics["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert metrics["tokens_per_second"] > 0 and metrics["peak_memory_bytes"] > 2**20
@@ -373,9 +384,9 @@ def test_log_skips_pauses_and_resumes_from_its_state(
     now[0] += 4
     restored.add(torch.tensor(5.0), torch.tensor(0.0))
     restored.log_training(3)
-    restored.log_validation(3, {"val/loss": 1.0, "val/full_loss": 1.0})
+    restored.log_validation(3, 1.0)
     assert restored.history[-2][1]["train/tokens_per_second"] == 8
-    assert restored.final_metrics()["tokens_per_second"] == 3 * 32 / 6
+    assert restored.final_metrics(1.0)["tokens_per_second"] == 3 * 32 / 6
 
 
 def make_nan(model: GPT2Model, bad_step: int) -> None:
@@ -438,9 +449,10 @@ def test_killed_or_stopped_and_resumed_equals_unbroken(
 def test_stop_signal_while_the_last_step_is_saved_still_stops(
     run: Callable[..., Any], make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_and_stop(self: Checkpoints, *arguments: Any) -> None:
-        save(self, *arguments)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def save_and_stop(self: Checkpoints, step: int, *arguments: Any) -> None:
+        save(self, step, *arguments)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     save = Checkpoints.save
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped after step 6, which is saved"):
@@ -449,6 +461,166 @@ def test_stop_signal_while_the_last_step_is_saved_still_stops(
     resumed, _, history = run(make_model(dropout=0.2), Checkpoints(tmp_path))
     unbroken, _, expected = run()
     assert same_weights(resumed, unbroken) and untimed(history) == untimed(expected)
+
+
+LOSSES = {0: 4.0, 2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0, 10: 3.0, 12: 2.2}  # lowest, and first so low, after step 4
+VALIDATED = {"max_steps": 12, "eval_interval": 2, "decay_fraction": 0}
+
+
+@pytest.fixture
+def given_losses(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """Let val/loss after each step be given; that of the whole split stays what it is."""
+    losses, do_step, do_validate = dict(LOSSES), Trainer.step, Trainer.validate
+
+    def step(trainer: Trainer, step: int) -> tuple[Tensor, Tensor]:
+        trainer.done = step + 1  # type: ignore[attr-defined]
+        return do_step(trainer, step)
+
+    def validate(trainer: Trainer, max_windows: int | None = None) -> float:
+        return losses[getattr(trainer, "done", 0)] if max_windows else do_validate(trainer)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "validate", validate)
+    return losses
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+def test_weights_of_the_lowest_validation_loss_are_kept(
+    run: Callable[..., Any], make_model: MakeModel, given_losses: dict[int, float], tie_weights: bool
+) -> None:
+    (best, metrics, _), (last, at_end, _), (then, at_best, _) = (
+        run(make_model(tie_weights=tie_weights), **VALIDATED | changes)
+        for changes in ({"keep": "best"}, {"keep": "last"}, {"keep": "last", "max_steps": 4})
+    )
+    assert same_weights(best, then) and not same_weights(best, last)
+    assert (metrics["kept_step"], at_end["kept_step"], at_best["kept_step"]) == (4, 12, 4)
+    assert metrics["val_loss"] == at_best["val_loss"] != at_end["val_loss"]
+    for name in ("train_loss", "steps", "tokens"):
+        assert metrics[name] == at_end[name]
+
+
+def test_training_that_only_harms_keeps_its_first_weights(
+    run: Callable[..., Any], make_model: MakeModel, given_losses: dict[int, float]
+) -> None:
+    given_losses[0] = 1.0
+    model, metrics, _ = run(make_model(), **VALIDATED, keep="best", fused=False)
+    assert metrics["kept_step"] == 0 and same_weights(model, make_model())
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_patience_ends_a_training_early(
+    run: Callable[..., Any], given_losses: dict[int, float], capsys: pytest.CaptureFixture[str], keep: str
+) -> None:
+    model, metrics, history = run(**VALIDATED, patience=3, log_interval=7, keep=keep)
+    assert metrics["steps"] == history[-1][0] == 10 and metrics["tokens"] == 10 * 4 * 8
+    assert [step for step, logged in history if "train/loss" in logged] == [7, 10]
+    assert metrics["tokens_per_second"] > 0 and metrics["kept_step"] == {"last": 10, "best": 4}[keep]
+    assert "stopped early after step 10: the lowest val/loss is that of step 4" in capsys.readouterr().out
+    assert same_weights(model, run(**VALIDATED | {"max_steps": metrics["kept_step"]})[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("at", [1, 4, 5, 6, 8, 10])
+def test_kept_weights_and_patience_outlive_an_end_at_any_step(
+    run: Callable[..., Any],
+    make_model: MakeModel,
+    given_losses: dict[int, float],
+    tmp_path: Path,
+    number: signal.Signals,
+    at: int,
+) -> None:
+    changes = VALIDATED | {"keep": "best", "patience": 3, "checkpoint_interval": 3}
+    unbroken, metrics, history = run(**changes)
+    model, steps = make_model(dropout=0.2), itertools.count(1)
+
+    def end(module: torch.nn.Module, _: Any) -> None:
+        if module.training and next(steps) == at:
+            if number == signal.SIGKILL:
+                raise Death
+            os.kill(os.getpid(), number)
+
+    model.layer_norm.register_forward_pre_hook(end)
+    with pytest.raises((Death, Stopped)):
+        run(model, Checkpoints(tmp_path), **changes)
+    for _ in range(2):  # a finished one is read again
+        resumed, metrics_again, history_again = run(None, Checkpoints(tmp_path), **changes)
+        assert same_weights(resumed, unbroken) and untimed(history_again) == untimed(history)
+        for name in ("kept_step", "val_loss", "steps", "train_loss"):
+            assert metrics_again[name] == metrics[name]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"optimizer": "muon", "decay_fraction": 0.5},
+        {"optimizer": "adamw", "initialization": "bigrams", "decay_fraction": 0},
+        {"keep": "best", "decay_fraction": 0.25},
+        {"keep": "best", "decay_fraction": 0.25, "patience": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ends", ["never", "killed", "stopped"])
+def test_extended_training_equals_an_unbroken_one(
+    run: Callable[..., Any],
+    make_model: MakeModel,
+    make_train_params: MakeTrainParams,
+    given_losses: dict[int, float],
+    tmp_path: Path,
+    kind: dict[str, Any],
+    ends: str,
+) -> None:
+    """Its first 7 steps, or 5, are those of a shorter training, which may end early as well."""
+    long = {"eval_interval": 2, "log_interval": 3, "checkpoint_interval": 100, "max_steps": 12} | kind
+    short = long | {"max_steps": 7}
+    given_losses[7] = 1.0
+    unbroken, metrics, history = run(**long)
+    first, second = (
+        Checkpoints(tmp_path / str(one["max_steps"]), shared_steps(make_train_params(**one))) for one in (short, long)
+    )
+    model, steps = make_model(dropout=0.2), itertools.count(1)
+
+    def end(module: torch.nn.Module, _: Any) -> None:
+        if module.training and next(steps) == 7 and ends != "never":
+            if ends == "killed":
+                raise Death
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    model.layer_norm.register_forward_pre_hook(end)
+    with first.locked(), contextlib.suppress(Death, Stopped):
+        run(model, first, **short)
+    if ends == "never":
+        first.finish()
+        first = Checkpoints(tmp_path / "finished", first.shared_steps)
+    shared = first.shared()
+    assert (
+        shared
+        and saved_steps(shared.parent)[0] == first.shared_steps == {0: 6, 0.25: 5, 0.5: 3}[kind["decay_fraction"]]
+    )
+    with second.locked():
+        second.go_on_from(shared)
+        extended, metrics_again, history_again = run(None, second, **long)
+    assert same_weights(extended, unbroken) and untimed(history_again) == untimed(history)
+    for name in ("kept_step", "val_loss", "steps", "train_loss"):
+        assert metrics_again[name] == metrics[name]
+
+
+def test_weights_are_logged_at_the_due_steps_and_those_of_a_resumed_training_alike(
+    run: Callable[..., Any], make_model: MakeModel, tmp_path: Path
+) -> None:
+    changes = {"max_steps": 8, "eval_interval": 2, "log_checkpoints": 4, "checkpoint_interval": 5}
+    logged: list[tuple[int, Tensor]] = []
+    model = make_model(dropout=0.2)
+
+    def log(step: int) -> None:
+        logged.append((step, model.layer_norm.weight.detach().clone()))
+        if step == 8 and len(logged) == 2:
+            raise Death
+
+    with pytest.raises(Death):
+        run(model, Checkpoints(tmp_path), log_weights=log, **changes)
+    run(model, Checkpoints(tmp_path), log_weights=log, **changes)
+    assert [step for step, _ in logged] == [4, 8, 8] and torch.equal(logged[1][1], logged[2][1])
+    assert same_weights(model, run(**changes | {"log_checkpoints": None})[0])
 
 
 @pytest.mark.slow

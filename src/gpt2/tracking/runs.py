@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
@@ -17,19 +19,21 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from gpt2.config import Params, SamplingParams
 from gpt2.core.errors import UserError
 from gpt2.core.files import read_json, sha256_of
-from gpt2.core.paths import LINEAGE, METRICS, PARAMS, PLOTS, RECEIPT, REPORT, SAMPLES, TOKENS, experiment_name
+from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, PLOTS, RECEIPT, REPORT, SAMPLES, TOKENS, experiment_name
 from gpt2.tracking.datasets import split_datasets
 from gpt2.tracking.lineage import Lineage, changes_since_commit, flatten, hash_of, run_key
+from gpt2.tracking.logged_models import MODEL_SHA256, log_checkpoint
 from gpt2.tracking.store import STORE_ERRORS, open_store
 from gpt2.training.history import CURVES, LogMetrics, read_curves
 
+WriteModel = Callable[[Path], object]  # writes a model folder
+LogWeights = Callable[[int, WriteModel], None]
 FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
 BATCH_LIMIT = 1000  # points in one call, MLflow's own limit
 SAMPLES_TABLE = "samples/samples.json"
 SYSTEM_METRICS = "system/"
 
 TRAIN_KEY, RUN_KEY, RESULTS_KEY = "gpt2.train_key", "gpt2.run_key", "gpt2.results_key"
-MODEL_SHA256 = "gpt2.model_sha256"
 EXPERIMENT_NAME, COMMIT, UNCOMMITTED = "dvc.experiment", "mlflow.source.git.commit", "gpt2.uncommitted"
 ENVIRONMENT, THREADS = "gpt2.environment", "gpt2.threads"
 PARENT, PARENT_SHA256 = "gpt2.parent", "gpt2.parent_sha256"
@@ -61,6 +65,13 @@ class Tracker:
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
+    def log_weights(self, step: int, write_model: WriteModel) -> None:
+        """Log the weights after `step` optimizer steps as a model, with the metrics that were logged of that step."""
+        self.flush()
+        with TemporaryDirectory() as folder:
+            write_model(Path(folder) / MODEL.name)
+            log_checkpoint(self._run_id, Path(folder) / MODEL.name, step)
+
     def flush(self) -> None:
         """Write what is buffered."""
         points, self._buffer = self._buffer, []
@@ -70,8 +81,8 @@ class Tracker:
 
 
 @contextmanager
-def training_run(params: Params, lineage: Lineage) -> Iterator[LogMetrics]:
-    """Open the run that a training logs to, or resume one that register never completed; yield the function that logs.
+def training_run(params: Params, lineage: Lineage) -> Iterator[tuple[LogMetrics, LogWeights]]:
+    """Open the run that a training logs to, or resume one that register never completed; yield the functions that log.
 
     The run is incomplete until register has been run, so register's receipt is withdrawn. A store that fails stops the
     logging, not the training: register completes the run from the files. What is no curve is left to register.
@@ -94,9 +105,13 @@ def training_run(params: Params, lineage: Lineage) -> Iterator[LogMetrics]:
             curves = {name: value for name, value in metrics.items() if name in CURVES}
             attempt(partial(tracker.log_metrics, step, curves))
 
+    def log_weights(step: int, write_model: WriteModel) -> None:
+        if tracker:
+            attempt(partial(tracker.log_weights, step, write_model))
+
     tracker = attempt(lambda: Tracker(run.enter_context(_open_run(params, lineage))))
     try:
-        yield log_metrics
+        yield log_metrics, log_weights
     finally:
         outcome = sys.exc_info()
         if tracker:
@@ -209,7 +224,7 @@ def _final_metrics() -> dict[str, float]:
     found = {
         **{f"test/{name}": evaluated[name] for name in ("loss", "perplexity", "bits_per_byte")},
         **{f"sample/{name}": value for name, value in sampled.items() if name != "model"},
-        **{f"train/{name}": trained[name] for name in ("tokens", "peak_memory_bytes")},
+        **{f"train/{name}": trained[name] for name in ("tokens", "peak_memory_bytes", "kept_step")},
         "val/full_loss": trained["val_loss"],
         "val/sliding_loss": evaluated["val_loss"],
     }

@@ -4,6 +4,7 @@ A checkpoint is one safetensors file: the model, the optimizers, and notes in JS
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,15 +22,20 @@ from gpt2.core.files import delete, file_lock, publish, sha256_of
 from gpt2.model.weights import save_tensors
 
 KEPT = 2  # the newest may be found damaged
+FINISHED = "finished"  # the folder of the training that register has seen last
 NOTES = "notes"
 Optimizers = Sequence[torch.optim.Optimizer]
+Weights = dict[str, Tensor]
 
 
 class Checkpoints:
-    """The checkpoints of one training, in a folder that nothing else uses."""
+    """The checkpoints of one training, in a folder that nothing else uses.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    The last one within the first `shared_steps` steps is for a longer training to go on from.
+    """
+
+    def __init__(self, folder: Path, shared_steps: int = 0) -> None:
+        self.folder, self.shared_steps = folder, shared_steps
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -40,13 +46,17 @@ class Checkpoints:
                 delete(unfinished)
             yield
 
-    def save(self, step: int, model: nn.Module, optimizers: Optimizers, notes: dict[str, Any]) -> None:
-        """Write the checkpoint after `step` steps, with notes that JSON can hold, and delete all but the last two.
+    def save(
+        self, step: int, model: nn.Module, optimizers: Optimizers, notes: dict[str, Any], best: Weights | None = None
+    ) -> None:
+        """Write the checkpoint after `step` steps, with notes that JSON can hold; keep the last two and the shared one.
 
-        Raises OSError; the checkpoints before are intact then.
+        `best` are the weights of the lowest validation loss, by name. Raises OSError; the checkpoints before are intact
+        then.
         """
         written = self.folder / "partial"
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model, optimizers).items()}
+        named = _tensors(model, optimizers) | {f"best/{name}": weight for name, weight in (best or {}).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
         try:
             save_tensors(tensors, written, {NOTES: json.dumps(notes)})
             publish(written, self.folder / f"{step:010}-{sha256_of(written)}.safetensors")
@@ -54,19 +64,21 @@ class Checkpoints:
             delete(written)
             raise OSError(f"the checkpoint of step {step} cannot be saved ({error}); {self.last()}") from None
         for old in self._files()[KEPT:]:
-            delete(old)
+            if old != self.shared():
+                delete(old)
 
-    def restore(self, model: nn.Module, optimizers: Optimizers) -> tuple[int, dict[str, Any]] | None:
-        """Load the newest whole checkpoint; return its step and notes, or None if there is none.
+    def restore(
+        self, model: nn.Module, optimizers: Optimizers, best: Weights | None = None
+    ) -> tuple[int, dict[str, Any]] | None:
+        """Load the newest whole checkpoint, its best weights into `best`; return its step and notes, or None.
 
         Damaged ones are deleted, with a warning, so that they do not take the place of good ones among those kept.
         """
         for path in self._files():
-            step, digest = path.stem.split("-")
-            if _is_whole(path, digest):
-                _load(path, model, optimizers)
+            if _is_whole(path):
+                _load(path, model, optimizers, {} if best is None else best)
                 with safe_open(path, framework="pt") as file:
-                    return int(step), json.loads(file.metadata()[NOTES])
+                    return _step_of(path), json.loads(file.metadata()[NOTES])
             print(f"warning: {path} is damaged; it is skipped and deleted", file=sys.stderr, flush=True)
             delete(path)
         return None
@@ -76,7 +88,36 @@ class Checkpoints:
         files = self._files()
         if not files:
             return "no checkpoint has been saved yet"
-        return f"the last good checkpoint is that of step {int(files[0].stem.split('-')[0])}, in {self.folder}"
+        return f"the last good checkpoint is that of step {_step_of(files[0])}, in {self.folder}"
+
+    def is_empty(self) -> bool:
+        """Tell whether there is no checkpoint."""
+        return not self._files()
+
+    def shared(self) -> Path | None:
+        """Return the last checkpoint that a longer training has too, if there is one."""
+        return next((path for path in self._files() if _step_of(path) <= self.shared_steps), None)
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Take a checkpoint of another training that has the same first steps. Raises OSError."""
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            shutil.copy(checkpoint, written := self.folder / "partial")
+            publish(written, self.folder / checkpoint.name)
+
+    def finish(self) -> None:
+        """Keep the shared checkpoint alone, in place of that of the training that was finished before.
+
+        Does nothing while another process uses these checkpoints.
+        """
+        shared, finished = self.shared(), Checkpoints(self.folder.with_name(FINISHED))
+        if shared:
+            with suppress(Timeout), FileLock(self._lock, blocking=False), FileLock(finished._lock):
+                for path in self._files():
+                    if path != shared:
+                        delete(path)
+                publish(self.folder, finished.folder)
+                finished._lock.unlink()
+        self.remove()
 
     def remove(self) -> None:
         """Delete all checkpoints, unless another process uses them."""
@@ -112,7 +153,7 @@ def _tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     return named
 
 
-def _load(path: Path, model: nn.Module, optimizers: Optimizers) -> None:
+def _load(path: Path, model: nn.Module, optimizers: Optimizers, best: Weights) -> None:
     parameters = dict(model.named_parameters())
     owners = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
     for name, tensor in load_file(path, backend="pread").items():  # not mapped: its tensors outlive the file
@@ -120,12 +161,18 @@ def _load(path: Path, model: nn.Module, optimizers: Optimizers) -> None:
         parameter = parameters[parameter_name]
         if kind == "model":
             parameter.data.copy_(tensor)
+        elif kind == "best":
+            best[parameter_name] = tensor
         else:
             owners[id(parameter)].state[parameter][key[0]] = tensor.to(parameter.device)
 
 
-def _is_whole(path: Path, digest: str) -> bool:
+def _step_of(path: Path) -> int:
+    return int(path.stem.split("-")[0])
+
+
+def _is_whole(path: Path) -> bool:
     try:
-        return sha256_of(path) == digest
+        return sha256_of(path) == path.stem.split("-")[1]
     except UserError:
         return False

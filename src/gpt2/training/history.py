@@ -11,6 +11,7 @@ CURVES = ("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_
 Points = list[tuple[int, float]]
 History = list[tuple[int, dict[str, float]]]  # step and metrics
 LogMetrics = Callable[[int, dict[str, float]], None]
+LogWeights = Callable[[int], None]
 
 
 def write_curves(history: History, folder: Path) -> None:

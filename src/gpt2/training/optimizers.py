@@ -1,5 +1,6 @@
 """The learning rate at each step, and which optimizer moves which parameter."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,11 @@ def learning_rate_factor(step: int, params: TrainParams) -> float:
     decay_steps = params.decay_fraction * params.max_steps
     decay = (params.max_steps - step) / decay_steps if decay_steps else 1.0
     return min(1.0, warmup, decay)
+
+
+def shared_steps(params: TrainParams) -> int:
+    """Return the number of first steps that a longer training has too: those before the decay, without the last."""
+    return params.max_steps - max(1, math.ceil(params.decay_fraction * params.max_steps))
 
 
 def build_optimizers(model: GPT2Model, params: TrainParams, precision: torch.dtype) -> list[torch.optim.Optimizer]:

@@ -19,9 +19,9 @@ from gpt2.training.attention import causal_attention
 from gpt2.training.bigrams import initialize_from_bigrams
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.cuda_graph import capture
-from gpt2.training.history import History, LogMetrics
+from gpt2.training.history import History, LogMetrics, LogWeights
 from gpt2.training.loss import FusedCrossEntropy
-from gpt2.training.trainer import Trainer, train
+from gpt2.training.trainer import Trainer, train, validate
 from gpt2.training.training_log import TrainingLog
 
 
@@ -70,11 +70,14 @@ def run_training(
     runtime: RuntimeParams,
     checkpoints: Checkpoints,
     log_metrics: LogMetrics,
+    log_weights: LogWeights = lambda step: None,
 ) -> tuple[dict[str, float], History]:
-    """Train `model` on its device for params.max_steps optimizer steps; return the final metrics and what was logged.
+    """Train `model` on its device for params.max_steps optimizer steps, or until params.patience runs out.
 
+    Return the final metrics and what was logged; the model then has the weights that params.keep names.
     `seen` (V,) tells which tokens the training split has. If there is a checkpoint, the training resumes from it, and
-    log_metrics(step, metrics) first receives the logged history again. On a CPU, the weights depend on the model, the
+    log_metrics(step, metrics) first receives the logged history again. log_weights(step) is called when the model's
+    weights are to be logged. On a CPU, the weights depend on the model, the
     tokens, params, threads and precision alone, not on interruptions; on a GPU, whose sums may come in another order,
     to rounding. Raises UserError if a split is too short for one window or a loss or gradient is not finite; Stopped
     on Ctrl-C or SIGTERM, after saving a checkpoint; OSError if none can be saved.
@@ -90,19 +93,23 @@ def run_training(
         for block in model.transformer_blocks:
             block.compile()
     with log.paused():
-        if checkpoint := checkpoints.restore(model, trainer.optimizers):
+        if checkpoint := checkpoints.restore(model, trainer.optimizers, trainer.best):
             start, log_state = checkpoint
             print(f"resuming after step {start}, from {checkpoints.folder}", flush=True)
             log.restore(log_state)
         else:
             start = 0
+            print("starting at step 0: there is no checkpoint of this training", flush=True)
             initialize(model, train_tokens, seen_tokens, params)
-            log.log_validation(0, {"val/loss": trainer.validate(params.eval_windows)})
-        if device.type == "cuda" and start < params.max_steps:
+            validate(trainer, log, 0)
+        if device.type == "cuda" and not log.is_over(start):
             trainer.gradients = capture(trainer.compute_gradients, *(x.to(device) for x in trainer.batches(start)))
     with stop_requests() as stop_signal:
-        train(trainer, log, start, stop_signal)
-    return log.final_metrics() | {"parameters": model.count_parameters()}, log.history
+        train(trainer, log, start, stop_signal, log_weights)
+    if log.steps < params.max_steps:
+        print(f"stopped early after step {log.steps}: the lowest val/loss is that of step {log.best_step}", flush=True)
+    model.load_state_dict(trainer.best, strict=False)
+    return log.final_metrics(trainer.validate()) | {"parameters": model.count_parameters()}, log.history
 
 
 def initialize(model: GPT2Model, train_tokens: Tokens, seen_tokens: SeenTokens, params: TrainParams) -> None:

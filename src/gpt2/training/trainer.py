@@ -17,7 +17,8 @@ from gpt2.core.progress import Progress
 from gpt2.data.batches import Purpose, Tokens, TrainingBatches, seed_torch, validation_batches
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.training.checkpoints import Checkpoints
-from gpt2.training.optimizers import build_optimizers, set_learning_rates
+from gpt2.training.history import LogWeights
+from gpt2.training.optimizers import build_optimizers, set_learning_rates, shared_steps
 from gpt2.training.training_log import TrainingLog
 
 
@@ -44,6 +45,7 @@ class Trainer:
         self.val_batches()  # raises now, not at the first validation
         self.val_windows = (len(val_tokens) - 1) // params.sequence_length
         self.optimizers = build_optimizers(model, params, precision)
+        self.best: dict[str, Tensor] = {}  # the weights of the lowest val/loss, if they are to be kept
         self.gradients: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = self.compute_gradients  # or a CUDA graph of it
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
@@ -82,32 +84,40 @@ class Trainer:
 
     def save(self, step: int, log_state: dict[str, Any]) -> None:
         """Write a checkpoint of the state after `step` steps. Raises OSError; the one before is intact then."""
-        self.checkpoints.save(step, self.model, self.optimizers, log_state)
+        self.checkpoints.save(step, self.model, self.optimizers, log_state, self.best)
 
 
-def train(trainer: Trainer, log: TrainingLog, start: int, stop_signal: Callable[[], int]) -> None:
+def validate(trainer: Trainer, log: TrainingLog, step: int) -> None:
+    """Log val/loss after `step` steps, always of the same windows; keep the weights of the lowest if that is asked."""
+    log.log_validation(step, trainer.validate(trainer.params.eval_windows))
+    if trainer.params.keep == "best" and log.best_step == step:
+        trainer.best = {name: weight.detach().cpu().clone() for name, weight in trainer.model.named_parameters()}
+
+
+def train(
+    trainer: Trainer, log: TrainingLog, start: int, stop_signal: Callable[[], int], log_weights: LogWeights
+) -> None:
     """Do all steps from `start` on: the loop.
 
-    val/loss is always that of the same windows; the end adds the whole split's, val/full_loss. stop_signal() returns
-    the number of the signal that asked to stop, or 0. Raises Stopped then, after saving; UserError if a loss or
-    gradient is not finite; OSError if a checkpoint cannot be saved.
+    stop_signal() returns the number of the signal that asked to stop, or 0. Raises Stopped then, after saving;
+    UserError if a loss or gradient is not finite; OSError if a checkpoint cannot be saved.
     """
     params = trainer.params
     trainer.model.train()
     for step in log.progress(start):
         loss, grad_norm = trainer.step(step)
-        done, last, stopping = step + 1, step + 1 == params.max_steps, stop_signal() != 0
+        done, stopping = step + 1, stop_signal() != 0
         log.add(loss, grad_norm)
 
-        if last or done % params.eval_interval == 0:
+        if done == params.max_steps or done % params.eval_interval == 0:
             with log.paused():
-                losses = {"val/loss": trainer.validate(params.eval_windows)}
-                if last:
-                    losses["val/full_loss"] = trainer.validate()
-            log.log_validation(done, losses)
+                validate(trainer, log, done)
+                if params.log_checkpoints and done % params.log_checkpoints == 0:
+                    log_weights(done)
+        last = log.is_over(done)
         if last or done % params.log_interval == 0:
             log.log_training(done)
-        if last or stopping or done % params.checkpoint_interval == 0:
+        if last or stopping or done % params.checkpoint_interval == 0 or done == shared_steps(params):
             with log.paused():
                 trainer.save(done, log.state())
         if stopping or (last and stop_signal()):  # also one that came while the last step was saved

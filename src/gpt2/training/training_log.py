@@ -31,6 +31,7 @@ class TrainingLog:
         self, params: TrainParams, device: torch.device, checkpoints: Checkpoints, log_metrics: LogMetrics
     ) -> None:
         self.history: History = []
+        self.best_step, self._best_loss, self._validations_since = 0, math.inf, 0  # of the lowest val/loss
         self._last: dict[str, float] = {}  # value of each metric
         self._params, self._device, self._checkpoints, self._log_metrics = params, device, checkpoints, log_metrics
         # Since the last logged step: the sums of losses and norms, and the number of steps until one is not finite.
@@ -41,7 +42,15 @@ class TrainingLog:
     def progress(self, start: int) -> Iterator[int]:
         """Yield the steps from `start` on, and show how far they have come."""
         with Progress("train", self._params.max_steps, start, line_seconds=math.inf) as self._progress:
-            yield from range(start, self._params.max_steps)
+            for step in range(start, self._params.max_steps):
+                if self.is_over(step):
+                    return
+                yield step
+
+    def is_over(self, step: int) -> bool:
+        """Tell whether step `step` is the last: by max_steps, or since patience has run out."""
+        patience = self._params.patience
+        return step == self._params.max_steps or (patience is not None and self._validations_since >= patience)
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Add the loss and the norm () of one step. They stay on their device: reading them would wait for it."""
@@ -66,10 +75,10 @@ class TrainingLog:
         )
         self._progress.show(self._figures())
 
-    def log_validation(self, step: int, losses: dict[str, float]) -> None:
-        """Log the validation losses after `step` steps."""
-        self._check_finite("validation loss", step, *losses.values())
-        self._log(step, losses)
+    def log_validation(self, step: int, loss: float) -> None:
+        """Log the validation loss after `step` steps."""
+        self._check_finite("validation loss", step, loss)
+        self._log(step, {"val/loss": loss})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -79,14 +88,18 @@ class TrainingLog:
         yield
         self._started += time.perf_counter() - began
 
-    def final_metrics(self) -> dict[str, float]:
-        """Return the metrics for train.json, except the parameter count."""
-        last = self._last
+    def final_metrics(self, val_loss: float) -> dict[str, float]:
+        """Return the metrics for train.json, except the parameter count.
+
+        `val_loss`, of the whole split, and kept_step are of the weights that are kept, the others of all steps done.
+        """
+        self._check_finite("validation loss", self.steps, val_loss)
         return {
-            "train_loss": last["train/loss"],
-            "val_loss": last["val/full_loss"],
-            "steps": self._params.max_steps,
-            "tokens": self._params.max_steps * self._batch_tokens,
+            "train_loss": self._last["train/loss"],
+            "val_loss": val_loss,
+            "steps": self.steps,
+            "kept_step": self.best_step if self._params.keep == "best" else self.steps,
+            "tokens": self.steps * self._batch_tokens,
             "tokens_per_second": self._tokens_per_second(),
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
@@ -117,6 +130,11 @@ class TrainingLog:
         return ", ".join([*losses, f"{tqdm.format_sizeof(self._last['train/tokens_per_second'])} tok/s"])
 
     @property
+    def steps(self) -> int:
+        """The last logged step: in the end, the number of steps done."""
+        return self.history[-1][0]
+
+    @property
     def _batch_tokens(self) -> int:
         return self._params.batch_size * self._params.sequence_length
 
@@ -124,7 +142,7 @@ class TrainingLog:
         """Return the mean over all steps, from the means that were logged."""
         name = "train/tokens_per_second"
         speeds = [(0, 0.0), *((step, metrics[name]) for step, metrics in self.history if name in metrics)]
-        return self._params.max_steps / sum((step - before) / speed for (before, _), (step, speed) in pairwise(speeds))
+        return self.steps / sum((step - before) / speed for (before, _), (step, speed) in pairwise(speeds))
 
     def _peak_memory_bytes(self) -> int:
         return max(self._earlier_peak_bytes, peak_memory_bytes(self._device))
@@ -132,6 +150,10 @@ class TrainingLog:
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         self.history.append((step, metrics))
         self._last |= metrics
+        if (loss := metrics.get("val/loss")) is not None:
+            self._validations_since += 1
+            if loss < self._best_loss:
+                self.best_step, self._best_loss, self._validations_since = step, loss, 0
         self._log_metrics(step, metrics)
 
     def _read(self) -> list[float]:
