@@ -19,7 +19,7 @@ from gpt2.generation.shared_engine import SharedEngine
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, save_model
 from gpt2.tracking import serving
-from gpt2.tracking.registry import SIGNATURE
+from gpt2.tracking.logged_models import SIGNATURE
 from gpt2.tracking.serving import TextGenerator, refuse_unknown_params
 
 PROMPTS = pd.DataFrame({"prompt": ["The war", "One nation"]})
