@@ -81,9 +81,9 @@ def test_unknown_name_gets_no_far_fetched_guess(problem: Callable[..., str]) -> 
 
 
 def test_all_problems_are_reported_at_once(problem: Callable[..., str]) -> None:
-    line = problem(train__seed="x", model__n_heads=5, prepare__source=MISSING, evaluate__strid=3)
+    line = problem(train__log_checkpoints=30, model__n_heads=5, prepare__source=MISSING, evaluate__strid=3)
     for told in (
-        "train.seed",
+        "train: log_checkpoints 30 is not a multiple of eval_interval 20",
         "model: d_model 384 is not a multiple of n_heads 5",
         "prepare.source is missing",
         "evaluate.strid is unknown",

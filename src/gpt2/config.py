@@ -160,7 +160,9 @@ class TrainParams(Section):
     @model_validator(mode="after")
     def _logs_at_validations(self) -> Self:
         if self.log_checkpoints and self.log_checkpoints % self.eval_interval:
-            raise ValueError(f"log_checkpoints {self.log_checkpoints} is not a multiple of eval_interval")
+            raise ValueError(
+                f"log_checkpoints {self.log_checkpoints} is not a multiple of eval_interval {self.eval_interval}"
+            )
         return self
 
 

@@ -166,6 +166,10 @@ def test_a_training_goes_on_from_the_last_checkpoint_that_another_shares_with_it
     assert found(max_steps=160) == paths[80, 40]  # not its own
     assert found(max_steps=80, decay_fraction=0.75) == paths[80, 20]
     assert found(max_steps=20) is None
+    finished = paths[80, 40].parent.rename(checkout / ".cache/train/finished")
+    assert found(max_steps=160) == finished / paths[80, 40].name and found(max_steps=80) == paths[160, 40]
+    (line,) = describe_saved_trainings(collect_lineage(params(max_steps=80), threads=1))
+    assert line.startswith(str(paths[160, 40].parent)) and line.endswith("(train.max_steps 160, not 80)")
     for changes in ({"learning_rate": 0.1}, {"warmup_steps": 6}, {"keep": "best"}, {"patience": 1}):
         assert found(max_steps=320, **changes) is None
     with (checkout / "src/gpt2/training/loss.py").open("a") as file:

@@ -75,12 +75,13 @@ def run_training(
     """Train `model` on its device for params.max_steps optimizer steps, or until params.patience runs out.
 
     Return the final metrics and what was logged; the model then has the weights that params.keep names.
+
     `seen` (V,) tells which tokens the training split has. If there is a checkpoint, the training resumes from it, and
     log_metrics(step, metrics) first receives the logged history again. log_weights(step) is called when the model's
-    weights are to be logged. On a CPU, the weights depend on the model, the
-    tokens, params, threads and precision alone, not on interruptions; on a GPU, whose sums may come in another order,
-    to rounding. Raises UserError if a split is too short for one window or a loss or gradient is not finite; Stopped
-    on Ctrl-C or SIGTERM, after saving a checkpoint; OSError if none can be saved.
+    weights are to be logged. On a CPU, the weights depend on the model, the tokens, params, threads and precision
+    alone, not on interruptions; on a GPU, whose sums may come in another order, to rounding. Raises UserError if a
+    split is too short for one window or a loss or gradient is not finite; Stopped on Ctrl-C or SIGTERM, after saving a
+    checkpoint; OSError if none can be saved.
     """
     device = model.token_embedding.weight.device
     precision = choose_precision(runtime.precision, device)
@@ -108,7 +109,7 @@ def run_training(
         train(trainer, log, start, stop_signal, log_weights)
     if log.steps < params.max_steps:
         print(f"stopped early after step {log.steps}: the lowest val/loss is that of step {log.best_step}", flush=True)
-    model.load_state_dict(trainer.best, strict=False)
+    model.load_state_dict(trainer.best, strict=False)  # none, if the last are kept
     return log.final_metrics(trainer.validate()) | {"parameters": model.count_parameters()}, log.history
 
 
