@@ -21,10 +21,11 @@ from gpt2.model.weights import CONFIG, shapes_only
 
 WEIGHTS = "model*.safetensors"  # one file, or model-00001-of-00002.safetensors and so on
 EXTRA = "huggingface"  # of pyproject.toml, for models on the hub
+LAYER_NORM_EPSILON = 1e-5  # as in PyTorch
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu"}
 # What the model here cannot do otherwise; a configuration that lacks one of them means this value.
 FIXED = {
-    "layer_norm_epsilon": 1e-5,
+    "layer_norm_epsilon": LAYER_NORM_EPSILON,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
@@ -121,7 +122,7 @@ def to_huggingface_config(config: ModelConfig, end_of_text: int) -> dict[str, An
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
-        "layer_norm_epsilon": FIXED["layer_norm_epsilon"],
+        "layer_norm_epsilon": LAYER_NORM_EPSILON,
         "tie_word_embeddings": config.tie_weights,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
@@ -148,7 +149,7 @@ def from_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if ours is None:
             state[key] = weight
             continue
-        if _is_transposed(module, kind):
+        if is_transposed(module, kind):
             weight = weight.T
         for our, part in zip(ours, weight.chunk(len(ours)), strict=True):
             state[f"{block}{our}.{kind}"] = part.contiguous()
@@ -166,12 +167,12 @@ def to_huggingface(model: GPT2Model) -> Iterator[tuple[str, Tensor]]:
     for (theirs, ours), kind in itertools.product(layers, ("weight", "bias")):
         if f"{ours[0]}.{kind}" in state and not (tied and theirs == "lm_head"):
             weight = torch.cat([state[f"{our}.{kind}"] for our in ours])
-            yield f"{theirs}.{kind}", weight.T.contiguous() if _is_transposed(theirs, kind) else weight
+            yield f"{theirs}.{kind}", weight.T.contiguous() if is_transposed(theirs, kind) else weight
         elif theirs.endswith("c_attn"):
             yield f"{theirs}.{kind}", torch.zeros(3 * model.token_embedding.embedding_dim)
 
 
-def _is_transposed(theirs: str, kind: str) -> bool:
+def is_transposed(theirs: str, kind: str) -> bool:
     return ".c_" in theirs and kind == "weight"
 
 
