@@ -2,13 +2,14 @@
 
 import argparse
 import importlib
+import tomllib
 from pathlib import Path
 
 from gpt2.config import champion_uri
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.errors import UserError
 from gpt2.core.files import atomic_write, sha256_of
-from gpt2.core.paths import PARAMS
+from gpt2.core.paths import PARAMS, ROOT
 from gpt2.data.tokenizer import VOCAB_SIZE, load_tokenizer
 from gpt2.model.weights import WEIGHTS, load_model
 from infer import find_model
@@ -24,7 +25,9 @@ def main() -> None:
     try:
         module = importlib.import_module(f"gpt2.export.{arguments.to}")
     except ModuleNotFoundError as error:
-        raise UserError(f"--to {arguments.to} needs {error.name}: pip install -e '.[export]'") from None
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        pins = " ".join(project["optional-dependencies"]["export"])
+        raise UserError(f"--to {arguments.to} needs {error.name}: run `pip install {pins}`") from None
     name = arguments.model or champion_uri(PARAMS)
     path = find_model(name)
     model, config, _ = load_model(path)

@@ -98,6 +98,7 @@ def change_config(folder: Path, **changes: Any) -> None:
     [
         ({"model_type": "llama"}, "its model_type is not gpt2"),
         ({"activation_function": "relu"}, "activation_function is relu; only gelu_new, gelu are supported"),
+        ({"activation_function": []}, "activation_function is []"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; only 1e-05 is supported"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"n_embd": None}, "d_model"),
@@ -139,4 +140,4 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch, error_l
     for name in ("gpt2", "no/such/name"):
         assert "cannot be had from the Hugging Face hub" in error_line(lambda: load_huggingface(name))  # noqa: B023
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install -e '.[huggingface]'" in error_line(lambda: load_huggingface("gpt2"))
+    assert "pip install huggingface_hub" in error_line(lambda: load_huggingface("gpt2"))

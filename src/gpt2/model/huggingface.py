@@ -20,7 +20,6 @@ from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import CONFIG, shapes_only
 
 WEIGHTS = "model*.safetensors"  # one file, or model-00001-of-00002.safetensors and so on
-EXTRA = "huggingface"  # of pyproject.toml, for models on the hub
 LAYER_NORM_EPSILON = 1e-5  # as in PyTorch
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu"}
 # What the model here cannot do otherwise; a configuration that lacks one of them means this value.
@@ -89,7 +88,7 @@ def from_huggingface_config(raw: Any, where: str) -> ModelConfig:
         if raw.get(key, value) != value:
             raise UserError(f"{where}: {key} is {raw[key]}; only {value} is supported")
     activation, inner, width = raw.get("activation_function", "gelu_new"), raw.get("n_inner"), raw.get("n_embd")
-    if activation not in ACTIVATIONS:
+    if activation not in list(ACTIVATIONS):  # it may be of any type
         raise UserError(f"{where}: activation_function is {activation}; only {', '.join(ACTIVATIONS)} are supported")
     sizes = {"vocab_size": "vocab_size", "max_len": "n_positions", "n_layers": "n_layer", "n_heads": "n_head"}
     return check(
@@ -181,7 +180,7 @@ def _download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"{name} is no folder, and to read the hub takes `pip install -e '.[{EXTRA}]'`") from None
+        raise UserError(f"{name} is no folder, and to read the hub takes `pip install huggingface_hub`") from None
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except (OSError, ValueError) as error:  # offline, not there, or no name that the hub could have
