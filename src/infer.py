@@ -12,7 +12,7 @@ from gpt2.core.device import autocast, choose_device, choose_precision
 from gpt2.core.environment import MLFLOW_DEFAULTS
 from gpt2.core.errors import UserError
 from gpt2.core.paths import PARAMS
-from gpt2.data.tokenizer import VOCAB_SIZE
+from gpt2.data.tokenizer import load_tokenizer
 from gpt2.evaluation.scoring import score
 from gpt2.generation.engine import Engine, GenerationSettings, Request
 from gpt2.generation.linear import Quantization
@@ -35,24 +35,24 @@ def main() -> None:
     settings = GenerationSettings(**options.model_dump(exclude={"device", "quantize"}))
     wants_int8 = options.quantize == "int8"  # which only the CPU has
     device = choose_device("cpu" if wants_int8 and options.device == "auto" else options.device)
-    request = None if arguments.prompt is None else Request(arguments.prompt, settings)
     scored = None if arguments.score is None else read_text(arguments.score)
 
     name = arguments.model or champion_uri(PARAMS)
-    model, config, seen = load_model(find_model(name))
-    if config.vocab_size != VOCAB_SIZE:
-        raise UserError(f"{name} has a vocabulary of {config.vocab_size}, not GPT-2's {VOCAB_SIZE}")
+    path = find_model(name)
+    model, config, seen = load_model(path)
+    tokenizer = load_tokenizer(path, config.vocab_size)
+    request = None if arguments.prompt is None else Request(arguments.prompt, settings, tokenizer)
     model.to(device)
     inform(f"{name}: {describe_model(model, config)} on {device}")
     if scored is not None:
         with autocast(device, choose_precision("auto", device)):
-            print(score(model, scored, arguments.explain))
+            print(score(model, tokenizer, scored, arguments.explain))
         return
     engine = Engine(model, 1, seen, options.quantize)
     if request is not None:
         print_text(engine, request)
     else:
-        converse(engine, settings)
+        converse(engine, tokenizer, settings)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Options]:

@@ -10,7 +10,7 @@ from gpt2.config import ModelConfig, load_params
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import choose_device, use_threads
 from gpt2.core.files import file_lock, read_json, write_json
-from gpt2.core.paths import CHECKOUT_LOCK, LINEAGE, METRICS, MODEL, PARAMS, PLOTS, TOKENS
+from gpt2.core.paths import CHECKOUT_LOCK, LINEAGE, METRICS, MODEL, PARAMS, PLOTS, TOKENIZER_FILE, TOKENS
 from gpt2.data.batches import load_seen, load_tokens
 from gpt2.model.weights import SEEN_TOKENS, save_model
 from gpt2.tracking.lineage import checkpoint_folder, collect_lineage, describe_saved_trainings, first_lineage
@@ -47,7 +47,9 @@ def main() -> None:
             metrics, history = run_training(
                 model, train_tokens, val_tokens, seen, params.train, params.runtime, checkpoints, log_metrics
             )
-        digest = save_model(model, config, MODEL, params.train, seen if params.train.fused else None)
+        digest = save_model(
+            model, config, MODEL, params.train, seen if params.train.fused else None, TOKENS / TOKENIZER_FILE
+        )
         write_json(LINEAGE, lineage)
         write_curves(history, PLOTS)
         write_json(METRICS / "train.json", metrics)

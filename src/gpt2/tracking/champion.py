@@ -1,7 +1,8 @@
 """The champion: the version with the lowest validation loss. It holds the alias by which infer.py finds it.
 
 Losses are compared as they stand where both were measured alike: on the same validation tokens, at the same stride.
-Otherwise both models are scored again, on the documents of the present validation split that neither was trained on.
+Otherwise both models are scored again in bits per byte, which compare across tokenizers, on the documents of the
+present validation split that neither was trained on.
 The test split is only reported: who chooses by it has no fair figure left.
 """
 
@@ -16,7 +17,8 @@ from gpt2.core.device import autocast, choose_device, choose_precision
 from gpt2.core.errors import UserError
 from gpt2.core.paths import MODEL, TOKENS
 from gpt2.data.batches import load_tokens
-from gpt2.evaluation.perplexity import mean_loss
+from gpt2.data.tokenizer import load_tokenizer
+from gpt2.evaluation.perplexity import mean_loss, summarize
 from gpt2.model.weights import load_model
 from gpt2.tracking.registry import DOCUMENTS, NOT_THERE, artifacts_folder, fetch_model, is_lost
 from gpt2.tracking.store import STORE_ERRORS, open_store, store_lock
@@ -102,12 +104,10 @@ def promote(name: str, alias: str, number: str) -> str:
 
 
 def _score_again(challenger: ModelVersion, rival: ModelVersion, params: Params) -> tuple[list[float], str]:
-    """Return the losses of both models on the validation documents that are new to them, and what was measured.
+    """Return the bits per byte of both models on the validation documents that are new to them, and what was measured.
 
     Raises UserError if there is nothing to measure on.
     """
-    if challenger.tags[TOKENIZER] != rival.tags.get(TOKENIZER):
-        raise UserError("it has another tokenizer")
     validation = pd.read_csv(DOCUMENTS).query("split == 'val'")
     new = validation
     for version in (challenger, rival):
@@ -118,15 +118,21 @@ def _score_again(challenger: ModelVersion, rival: ModelVersion, params: Params) 
         new = new[~new["sha256"].isin(known["sha256"])]
     if new.empty:
         raise UserError("it was trained on all of the validation split")
-    split = load_tokens(TOKENS / "val.bin")
+    split, present = load_tokens(TOKENS / "val.bin"), load_tokenizer(TOKENS)
     spans = zip(new["first_token"], new["tokens"], strict=True)
-    tokens = np.concatenate([split[first : first + count] for first, count in spans])
-    models = [load_model(artifacts_folder(version) / MODEL.name)[0] for version in (challenger, rival)]
+    texts = [present.decode(split[first : first + count - 1].tolist()) for first, count in spans]
+    folders = [artifacts_folder(version) / MODEL.name for version in (challenger, rival)]
+    models = [load_model(folder)[:2] for folder in folders]
     device = choose_device(params.runtime.device)
-    stride = min(params.evaluate.stride, *(model.max_len for model in models))
-    with autocast(device, choose_precision(params.runtime.precision, device)):
-        losses = [mean_loss(model.to(device), tokens, stride, params.evaluate.batch_size) for model in models]
-    return losses, f"scored again on {len(new)} of {len(validation)} validation documents, loss"
+    stride = min(params.evaluate.stride, *(model.max_len for model, _ in models))
+    found = []
+    for folder, (model, config) in zip(folders, models, strict=True):
+        tokenizer = load_tokenizer(folder, config.vocab_size)  # bits per byte compare, whatever the tokens are
+        tokens = np.concatenate([tokenizer.encode_document(text) for text in texts])
+        with autocast(device, choose_precision(params.runtime.precision, device)):
+            loss = mean_loss(model.to(device), tokens, stride, params.evaluate.batch_size)
+        found.append(summarize(loss, len(tokens), sum(len(text.encode()) for text in texts))["bits_per_byte"])
+    return found, f"scored again on {len(new)} of {len(validation)} validation documents, bits per byte"
 
 
 def _find(client: mlflow.MlflowClient, name: str, number: str) -> ModelVersion | None:
