@@ -123,11 +123,8 @@ def draw_attention(model: GPT2Model, tokenizer: Tokenizer, params: ReportParams)
     layers, heads = weights.shape[:2]
     count = min(params.heads, layers * heads)
     chosen = [divmod(i * layers * heads // count, heads) for i in range(count)]
-    return {
-        "attention": png(
-            draw_heads(weights.float().cpu(), token_labels([tokenizer.decode([token]) for token in tokens]), chosen)
-        )
-    }
+    labels = token_labels([tokenizer.decode([token]) for token in tokens])
+    return {"attention": png(draw_heads(weights.float().cpu(), labels, chosen))}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2.data import token_files, tokenizer
+from gpt2.data import tokenizer
 from gpt2.data.corpus import SPLITS, Document
 from gpt2.data.token_files import split_text, write_token_files
 from gpt2.data.tokenizer import gpt2_tokenizer, load_tokenizer
@@ -116,18 +116,14 @@ TEXT = st.text(CHARACTERS) | st.text() | st.builds(operator.mul, CHARACTERS, st.
 
 @given(st.lists(TEXT).map("".join), st.integers(1, 9))
 def test_parts_give_the_tokens_of_the_whole(bpe_file: Path, text: str, length: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_files, "PART_LENGTH", length)
-        parts = list(split_text(text))
+    parts = list(split_text(text, length))
     assert "".join(parts) == text
     for one in (GPT2, load_tokenizer(bpe_file)):
         assert [token for part in parts for token in one.encode(part)] == one.encode(text)
 
 
 def test_a_part_ends_with_the_next_word() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_files, "PART_LENGTH", 2)
-        assert list(split_text("one two  three\n\n4 ")) == ["one", " two", "  three", "\n\n4", " "]
+    assert list(split_text("one two  three\n\n4 ", 2)) == ["one", " two", "  three", "\n\n4", " "]
 
 
 def test_names_and_long_runs_of_any_kind_are_written(tmp_path: Path) -> None:

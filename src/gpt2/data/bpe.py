@@ -9,8 +9,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from gpt2.core.errors import UserError
 from gpt2.core.files import write_text
 
-LEAST_PAIRS = 2  # a pair that stands in the text once is not worth a token
-
 
 def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
     """Write the tokens of a vocabulary, all but <|endoftext|>, in tiktoken's format, which `load_tokenizer` reads.
@@ -22,7 +20,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's pattern
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # which stand for the 256 bytes
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, min_frequency=LEAST_PAIRS, initial_alphabet=letters, show_progress=False
+        vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=letters, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
     ids = bpe.get_vocab()

@@ -20,6 +20,7 @@ from gpt2.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
 DTYPE = np.dtype("<u2")
 PART_LENGTH = 1 << 20
+TRAINING_PART_LENGTH = 1 << 12  # of what a vocabulary is trained on: the library is slow with long texts
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")
 
 
@@ -43,7 +44,7 @@ def write_token_files(
     rows: list[dict[str, Any]] = []
     if vocab_size:
         training = (document for document, split in zip(documents, splits, strict=True) if split == "train")
-        texts = (part for document in training for part in split_text(document.read()))
+        texts = (part for document in training for part in split_text(document.read(), TRAINING_PART_LENGTH))
         train_bpe(texts, vocab_size, folder / TOKENIZER_FILE)
     tokenizer = load_tokenizer(folder)
     seen = np.zeros(tokenizer.vocab_size, dtype=bool)
@@ -98,14 +99,14 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"documents": len(rows), **{name: sum(row[name] for row in rows) for name in ("bytes", "tokens")}}
 
 
-def split_text(text: str) -> Iterator[str]:
+def split_text(text: str, length: int = PART_LENGTH) -> Iterator[str]:
     """Cut a long text into parts whose tokens together are those of the whole.
 
     A cut is between a character and white space after it, which GPT-2's pattern never matches together.
     """
     start = 0
     while start < len(text):
-        border = _WORD_END.search(text, start + PART_LENGTH)
+        border = _WORD_END.search(text, start + length)
         end = border.start() if border else len(text)
         yield text[start:end]
         start = end
