@@ -1,11 +1,13 @@
 """A vocabulary that is trained on a corpus: the merges of its most frequent pairs, in tiktoken's format."""
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,6 +63,20 @@ def test_more_tokens_than_the_text_gives_are_refused(tmp_path: Path, error_line:
     line = error_line(lambda: train_bpe(["ab ab"], 300, tmp_path / "tokenizer.tiktoken"))
     assert "prepare.vocab_size 300 is more than the 258 that the train split gives" in line
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["YQ== 0\n", "YQ==\n", "YQ== a\n", "Y 0\n", "é 0\n", "\0", None])
+def test_a_broken_file_is_one_line(
+    tmp_path: Path, bpe_file: Path, text: str | None, error_line: Callable[..., str]
+) -> None:
+    whole = bpe_file.read_text()
+    (tmp_path / bpe_file.name).write_text(whole.replace(" 7\n", " 8\n") if text is None else text)
+    assert "is not a tokenizer" in error_line(lambda: load_tokenizer(tmp_path))
+
+
+def test_it_goes_to_other_processes(bpe_file: Path) -> None:
+    tokenizer = pickle.loads(pickle.dumps(load_tokenizer(bpe_file)))
+    assert tokenizer.encode_document("λόγος").tolist() == load_tokenizer(bpe_file).encode_document("λόγος").tolist()
 
 
 def test_bytes_alone_are_a_vocabulary(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def _read(file: Path) -> Tokenizer:
     try:
         lines = map(str.split, file.read_text(encoding="ascii").splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        if not {bytes([byte]) for byte in range(256)} <= ranks.keys() or {*ranks.values()} != {*range(len(ranks))}:
+            raise ValueError("a byte or an id is missing")
         return Tokenizer(f"bpe-{sha256_of(file)[:8]}", ranks)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a tokenizer: {error}") from None
