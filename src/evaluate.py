@@ -30,10 +30,10 @@ def main() -> None:
     device = choose_device(params.runtime.device)
     meta = read_json(TOKENS / "meta.json")
     splits = meta["splits"]
-    model, config, _ = load_named(name or str(MODEL))
-    if config.vocab_size != meta["vocab_size"]:
-        raise UserError(f"the model has a vocabulary of {config.vocab_size}, data/tokens one of {meta['vocab_size']}")
-    model.to(device)
+    named = load_named(name or str(MODEL))
+    if named.tokenizer.name != meta["tokenizer"]:
+        raise UserError(f"data/tokens was not made with the model's tokenizer, {named.tokenizer.name}")
+    model = named.model.to(device)
     figures: dict[str, dict[str, float]] = {}
     for split in ("val", "test"):
         tokens = load_tokens(TOKENS / f"{split}.bin")

@@ -8,11 +8,9 @@ from pathlib import Path
 from gpt2.config import champion_uri
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.errors import UserError
-from gpt2.core.files import atomic_write, sha256_of
+from gpt2.core.files import atomic_write
 from gpt2.core.paths import PARAMS, ROOT
-from gpt2.data.tokenizer import VOCAB_SIZE, load_tokenizer
-from gpt2.model.weights import WEIGHTS, load_model
-from infer import find_model
+from gpt2.tracking.named_models import load_named
 
 FORMATS = ("hf", "gguf", "onnx")  # each written by the module of that name in gpt2/export
 
@@ -29,13 +27,10 @@ def main() -> None:
         pins = " ".join(project["optional-dependencies"]["export"])
         raise UserError(f"--to {arguments.to} needs {error.name}: run `pip install {pins}`") from None
     name = arguments.model or champion_uri(PARAMS)
-    path = find_model(name)
-    model, config, _ = load_model(path)
-    if config.vocab_size != VOCAB_SIZE:
-        raise UserError(f"{name} has a vocabulary of {config.vocab_size}, not GPT-2's {VOCAB_SIZE}")
-    digest = sha256_of(path / WEIGHTS if path.is_dir() else path)
+    named = load_named(name)
+    origin = f"Made from `{name}`, weights with SHA-256 {named.sha256}."
     with atomic_write(target) as partial:
-        module.write(model, config, load_tokenizer(), f"Made from `{name}`, weights with SHA-256 {digest}.", partial)
+        module.write(named.model, named.config, named.tokenizer.encoding, origin, partial)
     print(f"{target} has {name}")
 
 
@@ -44,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("path", type=Path, help="the folder (hf) or the file to write")
     add("--to", choices=FORMATS, required=True, help="hf for transformers, gguf for llama.cpp, onnx for ONNX Runtime")
-    add("-m", "--model", help="registry or run URI, folder, .safetensors or .pt file (default: params.yaml's champion)")
+    add("-m", "--model", help="registry or run URI, path, or hf:NAME (default: params.yaml's champion)")
     return parser.parse_args()
 
 

@@ -2,23 +2,20 @@
 
 import argparse
 import io
-import os
 import sys
 from pathlib import Path
 
 from gpt2.config import Device, ModelConfig, champion_uri, check
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import autocast, choose_device, choose_precision
-from gpt2.core.environment import MLFLOW_DEFAULTS
 from gpt2.core.errors import UserError
 from gpt2.core.paths import PARAMS
-from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.evaluation.scoring import score
 from gpt2.generation.engine import Engine, GenerationSettings, Request
 from gpt2.generation.linear import Quantization
 from gpt2.generation.repl import BYTE_ORDER_MARK, TypedSettings, converse, inform, print_text
 from gpt2.model.gpt2 import GPT2Model
-from gpt2.model.weights import load_model
+from gpt2.tracking.named_models import load_named
 
 
 class Options(TypedSettings):
@@ -35,24 +32,22 @@ def main() -> None:
     settings = GenerationSettings(**options.model_dump(exclude={"device", "quantize"}))
     wants_int8 = options.quantize == "int8"  # which only the CPU has
     device = choose_device("cpu" if wants_int8 and options.device == "auto" else options.device)
-    request = None if arguments.prompt is None else Request(arguments.prompt, settings)
     scored = None if arguments.score is None else read_text(arguments.score)
 
     name = arguments.model or champion_uri(PARAMS)
-    model, config, seen = load_model(find_model(name))
-    if config.vocab_size != VOCAB_SIZE:
-        raise UserError(f"{name} has a vocabulary of {config.vocab_size}, not GPT-2's {VOCAB_SIZE}")
-    model.to(device)
-    inform(f"{name}: {describe_model(model, config)} on {device}")
+    named = load_named(name)
+    model, tokenizer = named.model.to(device), named.tokenizer
+    request = None if arguments.prompt is None else Request(arguments.prompt, settings, tokenizer)
+    inform(f"{name}: {describe_model(model, named.config)} on {device}")
     if scored is not None:
         with autocast(device, choose_precision("auto", device)):
-            print(score(model, scored, arguments.explain))
+            print(score(model, tokenizer, scored, arguments.explain))
         return
-    engine = Engine(model, 1, seen, options.quantize)
+    engine = Engine(model, 1, named.seen, options.quantize)
     if request is not None:
         print_text(engine, request)
     else:
-        converse(engine, settings)
+        converse(engine, tokenizer, settings)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Options]:
@@ -60,7 +55,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("-p", "--prompt", help="the text to continue; without it an interactive session begins")
-    add("-m", "--model", help="registry or run URI, folder, .safetensors or .pt file (default: params.yaml's champion)")
+    add("-m", "--model", help="registry or run URI, path, or hf:NAME (default: params.yaml's champion)")
     add("-t", "--max_tokens", help=f"tokens to write at most (default: {defaults.max_tokens})")
     add("--temperature", help=f"0 takes the most likely token, 1 draws as trained (default: {defaults.temperature})")
     add("--top_k", help=f'draw from the k most likely tokens, or "none" (default: {defaults.top_k})')
@@ -98,16 +93,6 @@ def read_text(name: str) -> str:
     if not text:
         raise UserError("the text to score is empty")
     return text
-
-
-def find_model(name: str) -> Path:
-    """Return the path of a model given as a path or as an MLflow URI."""
-    if name.startswith(("models:", "runs:")):
-        os.environ.update(MLFLOW_DEFAULTS | os.environ)
-        from gpt2.tracking.registry import fetch_model  # MLflow takes as long to import as PyTorch
-
-        return fetch_model(name)
-    return Path(name)
 
 
 def describe_model(model: GPT2Model, config: ModelConfig) -> str:

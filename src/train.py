@@ -10,8 +10,9 @@ os.environ.update(MLFLOW_DEFAULTS | OPENMP_DEFAULTS | os.environ)
 from gpt2.config import ModelConfig, load_params
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import choose_device, use_threads
+from gpt2.core.errors import UserError
 from gpt2.core.files import file_lock, read_json, write_json
-from gpt2.core.paths import CHECKOUT_LOCK, LINEAGE, METRICS, MODEL, PARAMS, PLOTS, TOKENS
+from gpt2.core.paths import CHECKOUT_LOCK, LINEAGE, METRICS, MODEL, PARAMS, PLOTS, TOKENIZER_FILE, TOKENS
 from gpt2.data.batches import load_seen, load_tokens
 from gpt2.model.seen_tokens import keep_rows
 from gpt2.model.weights import SEEN_TOKENS, save_model
@@ -42,15 +43,18 @@ def main() -> None:
     params = load_params(PARAMS)
     threads = use_threads(params.runtime.threads)
     lineage = collect_lineage(params, threads)  # of the code as it is imported, not as it may be edited meanwhile
-    config = ModelConfig(**params.model.model_dump(), vocab_size=read_json(TOKENS / "meta.json")["vocab_size"])
+    meta = read_json(TOKENS / "meta.json")
+    config = ModelConfig(**params.model.model_dump(), vocab_size=meta["vocab_size"])
     seen = load_seen(TOKENS / SEEN_TOKENS, config.vocab_size)
-    parent = load_parent(params.train.init_from) if params.train.init_from else None
-    if parent:
-        check_shape(config, parent.config, parent.name)
+    if parent_name := params.train.init_from:
+        parent = load_parent(parent_name)
+        if parent.tokenizer.name != meta["tokenizer"]:
+            raise UserError(f"train.init_from {parent_name} has another tokenizer than data/tokens")
+        check_shape(config, parent.config, parent_name)
         lineage = with_parent(lineage, parent.sha256)
     model = build_model(config, params.train, choose_device(params.runtime.device))
-    if parent:
-        print(f"starting from {parent.name}, weights {parent.sha256[:12]}", flush=True)
+    if parent_name:
+        print(f"starting from {parent_name}, weights {lineage['parent_sha256'][:12]}", flush=True)
         take_weights(model, parent.model)
         seen = keep_rows(seen, parent.model.output_projection.weight, parent.seen)
         del parent  # it takes memory
@@ -59,7 +63,8 @@ def main() -> None:
     checkpoints = Checkpoints(checkpoint_folder(lineage["train_key"]), shared_steps(params.train))
 
     def write_model(folder: Path) -> str:
-        return save_model(model, config, folder, params.train, seen if params.train.fused else None)
+        shared = seen if params.train.fused else None
+        return save_model(model, config, folder, params.train, shared, TOKENS / TOKENIZER_FILE)
 
     # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
     with file_lock(CHECKOUT_LOCK, "another training writes to this checkout"), checkpoints.locked():

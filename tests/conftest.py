@@ -107,6 +107,17 @@ def model_folder(
 
 
 @pytest.fixture(scope="session")
+def bpe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a vocabulary of 300 tokens, of Greek and code, beside no model."""
+    from gpt2.core.paths import TOKENIZER_FILE
+    from gpt2.data.bpe import train_bpe
+
+    file = tmp_path_factory.mktemp("bpe") / TOKENIZER_FILE
+    train_bpe(["Ἐν ἀρχῇ ἦν ὁ λόγος, καὶ ὁ λόγος ἦν πρὸς τὸν θεόν.\n", "    return self.λόγος\n"] * 9, 300, file)
+    return file
+
+
+@pytest.fixture(scope="session")
 def make_train_params(shipped_text: str) -> Callable[..., TrainParams]:
     section = yaml.safe_load(shipped_text)["train"]
     tiny = {"batch_size": 4, "micro_batch_size": 4, "sequence_length": 8}

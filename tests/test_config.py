@@ -160,6 +160,9 @@ def test_all_conflicts_between_sections_are_reported_at_once(problem: Callable[.
         ],
         ("prepare.source", 7),
         ("prepare.val_fraction", 0),
+        ("prepare.tokenizer", "BPE"),
+        ("prepare.vocab_size", 256),
+        ("prepare.vocab_size", 65537),
         ("prepare.val_fraction", 1),
         ("sample.prompts", []),
         ("sample.prompts", ["ok", ""]),
@@ -235,6 +238,8 @@ def test_a_source_that_dvc_does_not_watch_is_told_so(problem: Callable[..., str]
         ({"model.d_model": 2, "model.n_heads": 1}, "train.initialization bigrams needs model.d_model 3 or more (2)"),
         ({"prepare.val_fraction": 0.5, "prepare.test_fraction": 0.5}, "leave nothing to train on"),
         ({"prepare.val_fraction": "6e-1", "prepare.test_fraction": "6e-1"}, "leave nothing to train on"),
+        ({"prepare.tokenizer": "bpe"}, "prepare: tokenizer bpe needs a vocab_size, e.g. 4096; that of gpt2 is null"),
+        ({"prepare.vocab_size": 4096}, "prepare: tokenizer bpe needs a vocab_size, e.g. 4096; that of gpt2 is null"),
     ],
 )
 def test_impossible_values_together_are_refused(

@@ -18,7 +18,7 @@ import demo
 from gpt2.config import SamplingParams
 from gpt2.core.cli import run_command
 from gpt2.core.errors import UserError
-from gpt2.data import tokenizer
+from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.generation import engine
 from gpt2.generation.engine import Engine
 from gpt2.generation.sampling import draw
@@ -205,7 +205,7 @@ BREAKS: list[tuple[str, str, Any, str, Any]] = [  # a claim, its part, and what 
         "untrained",
         edited(lambda model: model.output_projection.weight.data.mul_(50)),
     ),
-    ("generation:", "generation", engine, "draw", lambda *_: tokenizer.END_OF_TEXT_ID),
+    ("generation:", "generation", engine, "draw", lambda *_: VOCAB_SIZE - 1),
     ("sampling:", "generation", engine, "draw", draw_from_all),
     ("seeds:", "generation", demo, "SEED", None),
     ("training: the average", "training", torch.optim, "AdamW", partial(torch.optim.AdamW, maximize=True)),

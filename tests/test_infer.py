@@ -25,12 +25,13 @@ import infer
 from gpt2.config import ModelConfig
 from gpt2.core.cli import run_command
 from gpt2.core.files import read_json, write_json, write_text
-from gpt2.data import tokenizer
 from gpt2.data.batches import SeenMask
+from gpt2.data.tokenizer import VOCAB_SIZE, TextStream, gpt2_tokenizer, load_tokenizer
 from gpt2.generation.engine import Engine
 from gpt2.generation.linear import Quantization
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, save_model
+from gpt2.tracking import registry
 
 Infer = Callable[..., tuple[int, str, str]]
 
@@ -63,6 +64,28 @@ def test_a_seed_repeats_the_text(run_infer: Infer) -> None:
     assert first[1] == run_infer(*arguments, "--seed", "1", "--quantize", "none")[1]
     assert first[0] == 0 and first[1].startswith("The state") and len(first[1]) > len("The state\n")
     assert first[1] == second[1] != other[1]
+
+
+def test_a_vocabulary_of_its_own_writes_scores_and_converses(
+    run_infer: Infer,
+    tmp_path: Path,
+    bpe_file: Path,
+    make_model: Callable[..., GPT2Model],
+    make_config: Callable[..., ModelConfig],
+) -> None:
+    model = make_model(vocab_size=300)
+    with torch.no_grad():  # it always writes the last token but <|endoftext|>, and gives each the probability 1/300
+        for weight in (model.layer_norm.weight, model.output_projection.weight):
+            weight.zero_()
+        model.layer_norm.bias.fill_(1)
+        model.output_projection.weight[298] = 1e-6
+    save_model(model, make_config(vocab_size=300), tmp_path, tokenizer=bpe_file)
+    tokenizer, arguments = load_tokenizer(tmp_path), ("--model", str(tmp_path), "--temperature", "0", "-t", "2")
+    written = "καὶ" + tokenizer.decode([298]) * 2 + "\n"
+    assert run_infer("-p", "καὶ", *arguments)[:2] == run_infer(*arguments, stdin="καὶ\n")[:2] == (0, written)
+    code, text, _ = run_infer("--score", "-", "--model", str(tmp_path), stdin="λόγος")
+    count = len(tokenizer.encode_document("λόγος"))
+    assert code == 0 and f"perplexity 300.00, {count * math.log2(300) / 10:.4f} bits per byte, {count} tokens" in text
 
 
 def test_the_seed_that_was_drawn_is_told_and_repeats_the_text(run_infer: Infer) -> None:
@@ -105,7 +128,7 @@ def test_without_a_model_it_is_the_one_that_params_yaml_names(
     shipped["register"] |= {"name": "mine", "alias": "best"}
     write_text(tmp_path / "params.yaml", yaml.safe_dump(shipped))
     monkeypatch.setattr(infer, "PARAMS", tmp_path / "params.yaml")
-    monkeypatch.setattr(infer, "find_model", {"models:/mine@best": model_folder}.__getitem__)
+    monkeypatch.setattr(registry, "fetch_model", {"models:/mine@best": model_folder}.__getitem__)
     code, _, report = run_infer("-p", "a", "--model", "")
     assert code == 0 and report.startswith("models:/mine@best: GPT-2")
 
@@ -160,7 +183,7 @@ def test_ctrl_c_leaves_the_text_its_seed_and_tokens(run_infer: Infer, monkeypatc
             raise KeyboardInterrupt
         return " word"
 
-    monkeypatch.setattr(tokenizer.TextStream, "push", push)
+    monkeypatch.setattr(TextStream, "push", push)
     code, text, report = run_infer("-p", "The", "-t", "9", "--seed", "5")
     assert (code, text) == (130, "The word word\n")
     assert re.search(r"\n\d tokens in [\d.]+ s, [\d.]+ tokens/s, seed 5\n$", report)
@@ -176,7 +199,7 @@ def test_closed_standard_input_is_one_line(model_folder: Path, arguments: list[s
 
 def test_control_characters_are_shown_harmless(run_infer: Infer, monkeypatch: pytest.MonkeyPatch) -> None:
     written = "\x1b[2J\x07\x00\r\x7f\x9b\ta\n\xa0é"
-    monkeypatch.setattr(tokenizer.TextStream, "push", lambda *_: written)
+    monkeypatch.setattr(TextStream, "push", lambda *_: written)
     assert run_infer("-p", "The", "-t", "1")[1] == "The" + "\\x1b[2J\\x07\\x00\\x0d\\x7f\\x9b\ta\n\xa0é\n"
 
 
@@ -287,10 +310,10 @@ def test_score_is_the_plain_cross_entropy(
 ) -> None:
     monkeypatch.setattr(infer, "choose_precision", lambda *_: torch.float32)
     (tmp_path / "text").write_bytes(b"The state")
-    tokens = [*tokenizer.encode("The state"), tokenizer.END_OF_TEXT_ID]
+    tokens = gpt2_tokenizer().encode_document("The state").tolist()
     model, _, _ = load_model(model_folder)
     with torch.no_grad():
-        logits = model(torch.tensor([[tokenizer.END_OF_TEXT_ID, *tokens[:-1]]]))[0]
+        logits = model(torch.tensor([[VOCAB_SIZE - 1, *tokens[:-1]]]))[0]
     loss = F.cross_entropy(logits, torch.tensor(tokens)).item()
     code, text, _ = run_infer("--score", str(tmp_path / "text"))
     assert code == 0
@@ -305,11 +328,11 @@ def test_score_is_the_plain_cross_entropy(
 def test_score_equals_that_of_the_stage(
     run_infer: Infer, model_folder: Path, tmp_path: Path, shipped_text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = [*tokenizer.encode(TEXT * 3), tokenizer.END_OF_TEXT_ID]
+    tokens = gpt2_tokenizer().encode_document(TEXT * 3)
     for split in ("val", "test"):
         np.array(tokens, dtype="<u2").tofile(tmp_path / f"{split}.bin")
     size = {"bytes": len((TEXT * 3).encode())}
-    write_json(tmp_path / "meta.json", {"splits": {"val": size, "test": size}})
+    write_json(tmp_path / "meta.json", {"tokenizer": "gpt2", "splits": {"val": size, "test": size}})
     params = yaml.safe_load(shipped_text)
     params["evaluate"]["stride"], params["runtime"] = 6, {"threads": 1, "device": "cpu", "precision": "auto"}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
@@ -361,9 +384,9 @@ def test_non_finite_weights_have_no_score(
     make_model: Callable[..., GPT2Model],
     make_config: Callable[..., ModelConfig],
 ) -> None:
-    model = make_model(vocab_size=tokenizer.VOCAB_SIZE)
+    model = make_model(vocab_size=VOCAB_SIZE)
     torch.nn.init.constant_(model.layer_norm.weight, math.nan)
-    save_model(model, make_config(vocab_size=tokenizer.VOCAB_SIZE), tmp_path)
+    save_model(model, make_config(vocab_size=VOCAB_SIZE), tmp_path)
     code, text, report = run_infer("--score", "-", "--model", str(tmp_path), stdin="a")
     assert (code, text) == (2, "") and report.endswith(
         "error: the model's weights are broken: the loss is not finite\n"

@@ -14,7 +14,7 @@ import yaml
 
 import report
 from gpt2.config import ModelConfig
-from gpt2.data import tokenizer
+from gpt2.data.tokenizer import VOCAB_SIZE, gpt2_tokenizer
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import save_model
 
@@ -26,7 +26,7 @@ def data(
     make_config: Callable[..., ModelConfig], shipped: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """The files that the stage reads, of a tiny model that is uniform over the vocabulary."""
-    config = make_config(d_model=4, d_ff=4, max_len=8, vocab_size=tokenizer.VOCAB_SIZE)
+    config = make_config(d_model=4, d_ff=4, max_len=8, vocab_size=VOCAB_SIZE)
     torch.manual_seed(0)
     model = GPT2Model(**config.model_dump())
     model.output_projection.weight.data.zero_()
@@ -40,7 +40,7 @@ def data(
     texts = {"001 1790 Washington": "Fellow citizens", "002 1791 Washington": "I", "003 1797 Adams": "A war. " * 9}
     rows, tokens = [], [np.empty(0, np.uint16)]
     for document, text in texts.items():
-        ids = np.array([*tokenizer.encode(text), tokenizer.END_OF_TEXT_ID], np.uint16)
+        ids = gpt2_tokenizer().encode_document(text)
         rows.append(
             {
                 "document": document,
@@ -93,7 +93,7 @@ def test_the_same_files_give_the_same_bytes(data: Path, offline: None) -> None:
 
     decades = pd.read_csv(data / "report/perplexity_by_decade.csv")
     assert decades["decade"].tolist() == ["1790s"]
-    assert decades["perplexity"][0] == pytest.approx(tokenizer.VOCAB_SIZE, rel=1e-5)
+    assert decades["perplexity"][0] == pytest.approx(VOCAB_SIZE, rel=1e-5)
     presidents = pd.read_csv(data / "report/perplexity_by_president.csv")
     assert presidents["president"].tolist() == ["Washington 1789-1791", "Adams 1797"]
     curves = pd.read_csv(data / "report/training.csv")

@@ -106,11 +106,15 @@ class PrepareParams(Section):
     source: Annotated[str, AfterValidator(_source)]
     val_fraction: Fraction
     test_fraction: Fraction
+    tokenizer: Literal["gpt2", "bpe"]
+    vocab_size: Annotated[int, Field(gt=256, le=2**16)] | None  # bytes and <|endoftext|> at least; ids are uint16
 
     @model_validator(mode="after")
     def _leaves_training_text(self) -> Self:
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction and test_fraction leave nothing to train on")
+        if (self.tokenizer == "bpe") != (self.vocab_size is not None):
+            raise ValueError("tokenizer bpe needs a vocab_size, e.g. 4096; that of gpt2 is null")
         return self
 
 

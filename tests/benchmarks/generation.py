@@ -55,6 +55,7 @@ def ours(texts: int, greedy: bool, device: str, contender: str) -> Callable[[], 
     import torch
 
     from gpt2.config import load_params
+    from gpt2.data.tokenizer import gpt2_tokenizer
     from gpt2.generation.engine import Engine, GenerationSettings, Request
     from gpt2.model.weights import load_model
     from gpt2.training.run import build_model
@@ -69,7 +70,8 @@ def ours(texts: int, greedy: bool, device: str, contender: str) -> Callable[[], 
     settings = settings.model_copy(update={"temperature": 0.0}) if greedy else settings
 
     def write() -> None:
-        waiting = deque(Request(PROMPT, settings.model_copy(update={"seed": seed})) for seed in range(texts))
+        each = [settings.model_copy(update={"seed": seed}) for seed in range(texts)]
+        waiting = deque(Request(PROMPT, one, gpt2_tokenizer()) for one in each)
         assert sum(1 for _ in engine.generate(waiting)) == texts * TOKENS  # a text that ended early would seem fast
 
     return write
@@ -79,12 +81,12 @@ def transformers(texts: int, greedy: bool, device: str) -> Callable[[], object]:
     import torch
 
     from gpt2.config import load_params
-    from gpt2.data.tokenizer import VOCAB_SIZE, encode
+    from gpt2.data.tokenizer import VOCAB_SIZE, gpt2_tokenizer
     from gpt2.generation.engine import GenerationSettings
 
     params, settings = load_params(ROOT / "params.yaml"), GenerationSettings()
     model: Any = transformers_model(params).to(device).eval()
-    prompt = torch.tensor([encode(PROMPT)] * texts, device=device)
+    prompt = torch.tensor([gpt2_tokenizer().encode(PROMPT)] * texts, device=device)
     sampling = {"do_sample": not greedy} | (
         {} if greedy else {"temperature": settings.temperature, "top_k": settings.top_k}
     )

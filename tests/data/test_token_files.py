@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2.data import token_files, tokenizer
+from gpt2.data import tokenizer
 from gpt2.data.corpus import SPLITS, Document
 from gpt2.data.token_files import split_text, write_token_files
-from gpt2.data.tokenizer import END_OF_TEXT_ID, decode, encode
+from gpt2.data.tokenizer import gpt2_tokenizer, load_tokenizer
 
+GPT2 = gpt2_tokenizer()
 ErrorLine = Callable[[Callable[[], object]], str]
 TEXTS = [f"Document {i}:  naïve 日本語 👧\r\n\n <|endoftext|> don't {'x ' * i}" for i in range(12)]
 
@@ -39,7 +40,8 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 def test_meta_and_table_count_what_the_files_hold(tmp_path: Path) -> None:
     meta, rows = write(tmp_path / "tokens", TEXTS), read_rows(tmp_path / "tokens")
     assert json.loads((tmp_path / "tokens" / "meta.json").read_text(encoding="utf-8")) == meta
-    assert meta["prepare"] == {"source": "mine", "val_fraction": 0.2, "test_fraction": 0.2}
+    fractions = {"val_fraction": 0.2, "test_fraction": 0.2}
+    assert meta["prepare"] == {"source": "mine", **fractions, "tokenizer": "gpt2", "vocab_size": None}
     assert (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", 50257)
     assert [row["document"] for row in rows] == [f'doc "{i}",\rü' for i in range(12)]
     for split in SPLITS:
@@ -59,8 +61,8 @@ def test_tokens_decode_to_the_documents_with_end_of_text_between(tmp_path: Path)
         first, count = int(row["first_token"]), int(row["tokens"])
         assert first == sum(found[row["split"]])
         found[row["split"]].append(count)
-        assert tokens[first : first + count] == [*encode(text), END_OF_TEXT_ID]
-        assert decode(tokens[first : first + count - 1]) == text
+        assert tokens[first : first + count] == GPT2.encode_document(text).tolist()
+        assert GPT2.decode(tokens[first : first + count - 1]) == text
         assert int(row["bytes"]) == len(text.encode())
         assert row["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
@@ -75,6 +77,24 @@ def test_seen_tokens_are_those_of_the_train_split(tmp_path: Path) -> None:
     write(folder, TEXTS)
     seen = np.load(folder / "seen_tokens.npy")
     assert seen.shape == (50257,) and set(np.flatnonzero(seen)) == set(np.fromfile(folder / "train.bin", "<u2"))
+
+
+def test_a_vocabulary_is_trained_on_the_train_split_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    languages = ["Ἐν ἀρχῇ ἦν ὁ λόγος, καὶ ὁ λόγος", "def λόγος(self): return self.λόγος  ", "the war and the war "]
+    documents = [
+        Document(str(i), partial(str, text * 9), split)
+        for i, (text, split) in enumerate(zip(languages, SPLITS, strict=True))
+    ]
+    meta = write_token_files(documents, folder, "mine", 0.2, 0.2, 280)
+    own = load_tokenizer(folder)
+    assert (meta["tokenizer"], meta["vocab_size"], meta["prepare"]["tokenizer"]) == (own.name, own.vocab_size, "bpe")
+    assert own.vocab_size == 280
+    assert len(own.encode(" λόγος")) < 9 and len(own.encode(" war")) == 4
+    for split, text in zip(SPLITS, languages, strict=True):
+        assert own.decode(np.fromfile(folder / f"{split}.bin", dtype="<u2")[:-1].tolist()) == text * 9
+    assert np.load(folder / "seen_tokens.npy").shape == (280,)
 
 
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
@@ -95,18 +115,15 @@ TEXT = st.text(CHARACTERS) | st.text() | st.builds(operator.mul, CHARACTERS, st.
 
 
 @given(st.lists(TEXT).map("".join), st.integers(1, 9))
-def test_parts_give_the_tokens_of_the_whole(text: str, length: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_files, "PART_LENGTH", length)
-        parts = list(split_text(text))
+def test_parts_give_the_tokens_of_the_whole(bpe_file: Path, text: str, length: int) -> None:
+    parts = list(split_text(text, length))
     assert "".join(parts) == text
-    assert [token for part in parts for token in encode(part)] == encode(text)
+    for one in (GPT2, load_tokenizer(bpe_file)):
+        assert [token for part in parts for token in one.encode(part)] == one.encode(text)
 
 
 def test_a_part_ends_with_the_next_word() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_files, "PART_LENGTH", 2)
-        assert list(split_text("one two  three\n\n4 ")) == ["one", " two", "  three", "\n\n4", " "]
+    assert list(split_text("one two  three\n\n4 ", 2)) == ["one", " two", "  three", "\n\n4", " "]
 
 
 def test_names_and_long_runs_of_any_kind_are_written(tmp_path: Path) -> None:
@@ -116,5 +133,5 @@ def test_names_and_long_runs_of_any_kind_are_written(tmp_path: Path) -> None:
     write_token_files(documents, tmp_path / "tokens", "runs", 0.2, 0.2)
     for number, (row, end) in enumerate(zip(read_rows(tmp_path / "tokens"), ends, strict=True)):
         tokens = np.fromfile(tmp_path / "tokens" / f"{row['split']}.bin", dtype="<u2").tolist()
-        assert decode(tokens[:-1]) == run + end
+        assert GPT2.decode(tokens[:-1]) == run + end
         assert row["document"] == rf"caf\udce9{number}"

@@ -3,74 +3,76 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.data import tokenizer
-from gpt2.data.tokenizer import TextStream, decode, encode, load_tokenizer
+from gpt2.data.tokenizer import TextStream, gpt2_tokenizer
 
+GPT2 = gpt2_tokenizer()
 MANY_BYTES = "naïve 日本語の文章 👩‍👩‍👧‍👦 🇯🇵 ﷽ e\u0301"
 
 
 def test_loads_offline_with_the_vocabulary_of_gpt2(offline: None) -> None:
-    load_tokenizer.cache_clear()
-    assert load_tokenizer().n_vocab == tokenizer.VOCAB_SIZE == 50257
-    assert load_tokenizer().eot_token == tokenizer.END_OF_TEXT_ID == 50256
+    gpt2_tokenizer.cache_clear()
+    loaded = gpt2_tokenizer()
+    assert loaded.encoding.n_vocab == loaded.vocab_size == tokenizer.VOCAB_SIZE == 50257
+    assert loaded.encoding.eot_token == loaded.end_of_text_id == 50256
 
 
 def test_known_text_has_the_ids_of_gpt2() -> None:
-    assert encode("Hello world") == [15496, 995]
+    assert GPT2.encode("Hello world") == [15496, 995]
 
 
 @given(st.text())
 def test_text_survives_a_round_trip(text: str) -> None:
-    tokens = encode(text)
-    assert decode(tokens) == text
-    assert all(0 <= token < tokenizer.END_OF_TEXT_ID for token in tokens)
+    tokens = GPT2.encode(text)
+    assert GPT2.decode(tokens) == text
+    assert all(0 <= token < GPT2.end_of_text_id for token in tokens)
 
 
 def test_end_of_text_written_out_is_ordinary_text() -> None:
-    tokens = encode("a<|endoftext|>b")
-    assert tokenizer.END_OF_TEXT_ID not in tokens
-    assert decode(tokens) == "a<|endoftext|>b"
+    tokens = GPT2.encode("a<|endoftext|>b")
+    assert GPT2.end_of_text_id not in tokens
+    assert GPT2.decode(tokens) == "a<|endoftext|>b"
 
 
 def test_end_of_text_token_decodes_to_its_name() -> None:
-    assert decode([tokenizer.END_OF_TEXT_ID]) == tokenizer.END_OF_TEXT
+    assert GPT2.decode([GPT2.end_of_text_id]) == tokenizer.END_OF_TEXT
 
 
 def test_stream_never_breaks_a_character() -> None:
-    tokens = encode(MANY_BYTES)
-    assert "\ufffd" in "".join(load_tokenizer().decode([token]) for token in tokens)  # else it would prove nothing
-    stream = TextStream()
+    tokens = GPT2.encode(MANY_BYTES)
+    assert "\ufffd" in "".join(GPT2.encoding.decode([token]) for token in tokens)  # else it would prove nothing
+    stream = TextStream(GPT2)
     parts = [*map(stream.push, tokens), stream.finish()]
     assert "\ufffd" not in "".join(parts)
     assert "".join(parts) == MANY_BYTES
 
 
 def test_stream_shows_each_text_as_soon_as_it_is_whole() -> None:
-    stream = TextStream()
-    assert [stream.push(token) for token in encode("one two three")] == ["one", " two", " three"]
+    stream = TextStream(GPT2)
+    assert [stream.push(token) for token in GPT2.encode("one two three")] == ["one", " two", " three"]
 
 
 @given(st.text("ab", max_size=20), st.text("ab", min_size=1, max_size=4))
 def test_stream_ends_before_the_stop_string(text: str, stop: str) -> None:
-    stream, shown = TextStream(stop), ""
+    stream, shown = TextStream(GPT2, stop), ""
     for letter in text:
-        shown += stream.push(*encode(letter))
+        shown += stream.push(*GPT2.encode(letter))
         assert text.startswith(shown) and stop not in shown
     assert stream.stopped == (stop in text)
     assert shown + stream.finish() == text.partition(stop)[0]
 
 
 def test_stream_holds_back_only_what_may_become_the_stop_string() -> None:
-    stream = TextStream("\n\nThe")
-    assert [stream.push(token) for token in encode("war\n\na\n\nThe")] == ["war", "", "", "\n\na", "", "", ""]
+    stream = TextStream(GPT2, "\n\nThe")
+    assert [stream.push(token) for token in GPT2.encode("war\n\na\n\nThe")] == ["war", "", "", "\n\na", "", "", ""]
 
 
 def test_decoding_marks_what_stays_broken() -> None:
-    assert decode(encode("👧")[:1]) == "\ufffd"
+    assert GPT2.decode(GPT2.encode("👧")[:1]) == "\ufffd"
 
 
 @pytest.mark.parametrize("name", ["VOCAB_BPE_SHA256", "ENCODER_JSON_SHA256"])
 def test_files_of_another_tokenizer_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(tokenizer, name, "0" * 64)
-    load_tokenizer.cache_clear()
+    gpt2_tokenizer.cache_clear()
     with pytest.raises(ValueError, match=r"[Hh]ash"):
-        load_tokenizer()
+        gpt2_tokenizer()

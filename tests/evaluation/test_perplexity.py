@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gpt2.data.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE
+from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.evaluation.perplexity import mean_loss, predictions, sliding_windows, summarize
 from gpt2.model.gpt2 import GPT2Model
 
-MAX_LEN = 6
+MAX_LEN, END_OF_TEXT_ID = 6, VOCAB_SIZE - 1
 
 
 @given(count=st.integers(1, 200), max_len=st.integers(1, 20), data=st.data())

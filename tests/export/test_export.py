@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import export
 from gpt2.config import ModelConfig
 from gpt2.core.cli import run_command
-from gpt2.data import tokenizer
-from gpt2.data.tokenizer import VOCAB_SIZE
+from gpt2.data.tokenizer import VOCAB_SIZE, gpt2_tokenizer
 from gpt2.generation.engine import Engine, GenerationSettings, Request
 from gpt2.model.gpt2 import GPT2Model, TransformerBlock
 from gpt2.model.weights import WEIGHTS, save_model
@@ -69,7 +68,7 @@ def folder(
 @pytest.fixture(scope="module")
 def greedy(model: GPT2Model) -> str:
     """What infer.py writes after the prompt at temperature 0."""
-    request = Request(PROMPT, GenerationSettings(temperature=0, max_tokens=20))
+    request = Request(PROMPT, GenerationSettings(temperature=0, max_tokens=20), gpt2_tokenizer())
     return Engine(model, 1).generate_all([request])[0]
 
 
@@ -142,7 +141,7 @@ def test_llama_cpp_writes_the_text(
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python, which compiles llama.cpp, is not installed")
     run_export("--to", "gguf", tmp_path / "model.gguf", "-m", folder)
     llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, n_threads=1, verbose=False)
-    assert llama.tokenize(PROMPT.encode(), add_bos=False) == tokenizer.encode(PROMPT)
+    assert llama.tokenize(PROMPT.encode(), add_bos=False) == gpt2_tokenizer().encode(PROMPT)
     assert llama.create_completion(PROMPT, temperature=0, max_tokens=20)["choices"][0]["text"] == greedy
     llama.reset()
     llama.eval(TOKENS[0].tolist())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gpt2.config import ModelConfig
-from gpt2.data import tokenizer
+from gpt2.data.tokenizer import VOCAB_SIZE, gpt2_tokenizer
 from gpt2.evaluation.perplexity import mean_loss
 from gpt2.export.hf import write
 from gpt2.model.gpt2 import GPT2Model
@@ -25,8 +25,8 @@ TEXTS = ["The state of the Union is “naïve” 🦊.\r\n" * 3, "a", "My fellow
 @pytest.fixture
 def documents(tmp_path: Path) -> str:
     """The texts as JSON lines, out of a token file."""
-    encoded = [[*tokenizer.encode(text), tokenizer.END_OF_TEXT_ID] for text in TEXTS]
-    np.concatenate(encoded).astype("<u2").tofile(tmp_path / "test.bin")
+    encoded = [gpt2_tokenizer().encode_document(text) for text in TEXTS]
+    np.concatenate(encoded).tofile(tmp_path / "test.bin")
     command = [sys.executable, str(HARNESS / "documents.py"), str(tmp_path / "test.bin")]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -43,8 +43,8 @@ def test_bits_per_byte_are_those_of_evaluate(
     make_model: Callable[..., GPT2Model],
     make_config: Callable[..., ModelConfig],
 ) -> None:
-    model = make_model(random=True, vocab_size=tokenizer.VOCAB_SIZE)
-    write(model, make_config(vocab_size=tokenizer.VOCAB_SIZE), tokenizer.load_tokenizer(), "", tmp_path / "hf")
+    model = make_model(random=True, vocab_size=VOCAB_SIZE)
+    write(model, make_config(vocab_size=VOCAB_SIZE), gpt2_tokenizer().encoding, "", tmp_path / "hf")
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "test_split.jsonl").write_text(documents)
     # In a process of its own: src/evaluate.py would be taken for a package that lm-eval imports.
@@ -57,6 +57,6 @@ def test_bits_per_byte_are_those_of_evaluate(
     measured = json.loads(found.read_text())["results"]["gpt2_test_split"]["bits_per_byte,none"]
     nats = 0.0
     for text in TEXTS:
-        tokens = np.array(tokenizer.encode(text), dtype=np.uint16)
+        tokens = gpt2_tokenizer().encode_document(text)[:-1]
         nats += mean_loss(model, tokens, stride=model.max_len, batch_size=1) * len(tokens)
     assert measured == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in TEXTS), rel=1e-5)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2.data.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, decode, encode
+from gpt2.data.tokenizer import VOCAB_SIZE, gpt2_tokenizer
 from gpt2.generation.engine import Engine, GenerationSettings, Request
 from gpt2.generation.linear import Quantization
 from gpt2.generation.sampling import draw
@@ -14,6 +14,7 @@ from gpt2.model.gpt2 import GPT2Model
 ErrorLine = Callable[[Callable[[], object]], str]
 MakeModel = Callable[..., GPT2Model]
 MAX_LEN = 8
+GPT2 = gpt2_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +27,8 @@ def model(make_model: MakeModel) -> GPT2Model:
 
 
 def text_of(prompt: str, **settings: Any) -> Request:
-    return Request(
-        prompt, GenerationSettings(**{"temperature": 1.0, "top_k": None, "seed": 1, "max_tokens": 20} | settings)
-    )
+    given: dict[str, Any] = {"temperature": 1.0, "top_k": None, "seed": 1, "max_tokens": 20} | settings
+    return Request(prompt, GenerationSettings(**given), GPT2)
 
 
 def written_by_hand(model: GPT2Model, text: Request) -> list[int]:
@@ -58,8 +58,10 @@ VARIOUS: list[tuple[str, dict[str, Any]]] = [
 def test_a_text_is_what_the_whole_model_would_write(model: GPT2Model, prompt: str, settings: dict[str, Any]) -> None:
     text = text_of(prompt, **settings)
     expected = written_by_hand(model, text)
-    assert Engine(model, 16).generate_all([text]) == [decode(expected)]
-    assert text.tokens == encode(prompt) + expected and text.generated == text.settings.max_tokens and text.finished
+    assert Engine(model, 16).generate_all([text]) == [GPT2.decode(expected)]
+    assert (
+        text.tokens == GPT2.encode(prompt) + expected and text.generated == text.settings.max_tokens and text.finished
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])
@@ -116,7 +118,7 @@ def test_without_a_seed_every_text_is_another_and_tells_its_seed(model: GPT2Mode
     assert found[0] != found[1] and Engine(model, 16).generate_all([text_of("One", seed=first.seed)]) == found[:1]
 
 
-@pytest.mark.parametrize(("favourite", "written"), [(END_OF_TEXT_ID, 0), (encode(" war")[0], 3)])
+@pytest.mark.parametrize(("favourite", "written"), [(GPT2.end_of_text_id, 0), (GPT2.encode(" war")[0], 3)])
 def test_end_of_text_ends_a_text(make_model: MakeModel, favourite: int, written: int) -> None:
     model = make_model(vocab_size=VOCAB_SIZE, d_model=8, n_layers=1)
     with torch.no_grad():  # the features become ones, and one row of the head likes ones

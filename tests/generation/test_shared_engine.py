@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gpt2.data.tokenizer import VOCAB_SIZE
+from gpt2.data.tokenizer import VOCAB_SIZE, gpt2_tokenizer
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
 from gpt2.generation.shared_engine import SharedEngine
 from gpt2.model.gpt2 import GPT2Model
@@ -18,7 +18,7 @@ def engine(make_model: Callable[..., GPT2Model]) -> SharedEngine:
 
 
 def text_of(prompt: str, max_tokens: int, seed: int = 1) -> Request:
-    return Request(prompt, GenerationSettings(max_tokens=max_tokens, seed=seed))
+    return Request(prompt, GenerationSettings(max_tokens=max_tokens, seed=seed), gpt2_tokenizer())
 
 
 def test_many_threads_get_each_their_own(engine: SharedEngine) -> None:

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from gpt2.config import ModelConfig
 from gpt2.core.errors import UserError
+from gpt2.data.tokenizer import load_tokenizer
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, read_config, save_model
 
@@ -63,6 +65,24 @@ def test_saved_model_comes_back(
         assert config.model_dump() == make_config(dropout=0.5, **kind).model_dump()
     assert digest == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     assert read_config(tmp_path) == (config, digest)
+
+
+def test_a_tokenizer_is_kept_beside_the_weights_and_checked(
+    tmp_path: Path, make_model: MakeModel, make_config: MakeConfig, bpe_file: Path, error_line: ErrorLine
+) -> None:
+    own, gpt2s = tmp_path / "own", tmp_path / "gpt2s"
+    save_model(make_model(vocab_size=300), make_config(vocab_size=300), own, tokenizer=bpe_file)
+    save_model(make_model(), make_config(), gpt2s, tokenizer=tmp_path / "none")
+    kept = own / bpe_file.name
+    assert load_model(own)[1].vocab_size == load_tokenizer(own / "model.safetensors", 300).vocab_size == 300
+    assert kept.read_bytes() == bpe_file.read_bytes() and not (gpt2s / bpe_file.name).exists()
+    assert "has a vocabulary of 61, not its tokenizer's 300" in error_line(lambda: load_tokenizer(own, 61))
+    shutil.copy(kept, gpt2s)
+    kept.write_text(f"{kept.read_text()}\n")
+    for folder in (own, gpt2s):
+        assert "is missing, damaged or not that of its config.json" in error_line(partial(load_model, folder))
+    kept.unlink()
+    assert "is missing" in error_line(lambda: load_model(own))
 
 
 def test_same_weights_give_the_same_bytes(tmp_path: Path, make_model: MakeModel, make_config: MakeConfig) -> None:

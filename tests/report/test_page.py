@@ -6,7 +6,6 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from gpt2.data import tokenizer
 from gpt2.report.page import PICTURES, Results, page
 
 EVIL = '<script src="https://example.com/x.js">&amp;</p>'
@@ -48,7 +47,7 @@ def results(shipped: dict[str, Any]) -> Results:
         sampled={"distinct_1": 0.25, "model": "01234567"},
         accuracy=0.25,
         samples=pd.DataFrame(samples),
-        passage=[(token, 0.1 * index) for index, token in enumerate(tokenizer.encode(f"{EVIL} é 日本"))],
+        passage=[(text, 0.1 * index) for index, text in enumerate(f"{EVIL} é 日本")],
         passage_name=EVIL,
         pictures=dict.fromkeys(PICTURES, SVG) | {"attention": b"png"},
     )

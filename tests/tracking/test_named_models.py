@@ -55,7 +55,7 @@ def test_equal_weights_have_one_sha256_wherever_they_come_from(
     with torch.no_grad():
         next(iter(model.parameters())).add_(1)
     assert load_parent("hf:owner/gpt2").sha256 != digest
-    assert load_named(str(folder / "ours"))[1] == config
+    assert load_named(str(folder / "ours")).config == config
 
 
 def test_weights_that_are_not_there_or_not_tracked_are_told_so(root: Path, error_line: ErrorLine) -> None:

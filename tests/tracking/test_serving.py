@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -13,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
 
 from gpt2.config import ModelConfig
-from gpt2.data.tokenizer import VOCAB_SIZE
+from gpt2.data.tokenizer import VOCAB_SIZE, gpt2_tokenizer, load_tokenizer
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
 from gpt2.generation.shared_engine import SharedEngine
 from gpt2.model.gpt2 import GPT2Model
@@ -56,9 +57,9 @@ def texts(served: PyFuncModel, **params: Any) -> list[str]:
 
 
 def by_hand(weights: Path, **settings: Any) -> list[str]:
-    model, _, _ = load_model(weights)
+    model, tokenizer = load_model(weights)[0], load_tokenizer(weights)
     return Engine(model, MAX_SLOTS).generate_all(
-        [Request(prompt, GenerationSettings(**settings)) for prompt in PROMPTS["prompt"]]
+        [Request(prompt, GenerationSettings(**settings), tokenizer) for prompt in PROMPTS["prompt"]]
     )
 
 
@@ -66,6 +67,16 @@ def test_predict_writes_what_the_library_does(served: PyFuncModel, weights: Path
     found = texts(served, temperature=1.2, top_k=0, top_p=0.9, min_p=0.0, stop="", max_tokens=9, seed=3)
     assert found == by_hand(weights, temperature=1.2, top_k=None, top_p=0.9, max_tokens=9, seed=3)
     assert texts(served) == by_hand(weights, seed=0)
+
+
+def test_a_vocabulary_of_its_own_is_served(
+    tmp_path: Path, bpe_file: Path, make_model: Callable[..., GPT2Model], make_config: Callable[..., ModelConfig]
+) -> None:
+    save_model(make_model(vocab_size=300, random=True), make_config(vocab_size=300), tmp_path, tokenizer=bpe_file)
+    generator = TextGenerator()
+    generator.load_context(SimpleNamespace(artifacts={"model": str(tmp_path)}))  # type: ignore[arg-type]
+    found = generator.predict(None, PROMPTS, {"max_tokens": 9, "seed": 3})  # type: ignore[arg-type]
+    assert list(found["text"]) == by_hand(tmp_path, max_tokens=9, seed=3)
 
 
 def test_predict_stream_yields_the_same_in_parts(served: PyFuncModel) -> None:
@@ -79,11 +90,12 @@ def test_a_request_that_mlflow_has_given_up_is_not_written_on(weights: Path, mon
     model, _, _ = load_model(weights)
     generator = TextGenerator()
     generator.engine = SharedEngine(Engine(model, MAX_SLOTS))
-    endless = [Request("The war", GenerationSettings(max_tokens=2**31 - 1, seed=1)) for _ in range(2 * MAX_SLOTS)]
+    settings, tokenizer = GenerationSettings(max_tokens=2**31 - 1, seed=1), gpt2_tokenizer()
+    endless = [Request("The war", settings, tokenizer) for _ in range(2 * MAX_SLOTS)]
     monkeypatch.setattr(generator, "_requests", lambda *_: endless)
     with pytest.raises(Empty):
         generator.predict(None, PROMPTS)  # type: ignore[arg-type]
-    [other] = generator.engine.submit([Request("One nation", GenerationSettings(max_tokens=2, seed=1))])
+    [other] = generator.engine.submit([Request("One nation", GenerationSettings(max_tokens=2, seed=1), tokenizer)])
     assert len(list(other)) == 2
     assert all(text.finished for text in endless)
     assert not any(text.generated for text in endless[MAX_SLOTS:])

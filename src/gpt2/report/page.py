@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-from gpt2.data import tokenizer
 from gpt2.report.figures import for_page
 
 # The surprise of a token by its loss in nats, in words: it had at least that probability.
@@ -113,7 +112,7 @@ class Results:
     sampled: Mapping[str, Any]  # of sample.json
     accuracy: float  # of the most likely tokens of the test split
     samples: pd.DataFrame  # of samples.csv, as text
-    passage: Sequence[tuple[int, float]]  # tokens and their losses in nats
+    passage: Sequence[tuple[str, float]]  # tokens' texts and losses in nats
     passage_name: str
     pictures: Mapping[str, str | bytes]  # SVG or PNG, by their names in PICTURES
 
@@ -192,10 +191,9 @@ def _picture(picture: str | bytes, heading: str) -> str:
     return f"<figure>{svg}</figure>"
 
 
-def _surprise(passage: Sequence[tuple[int, float]], name: str) -> str:
-    stream, spans = tokenizer.TextStream(), []
-    for token, loss in passage:
-        text = stream.push(token)  # a character of several tokens stands with the last one
+def _surprise(passage: Sequence[tuple[str, float]], name: str) -> str:
+    spans = []
+    for text, loss in passage:
         probability = math.exp(-loss)
         level = next(level for level, (least, _) in enumerate(LEVELS) if probability >= least)
         spans.append(f'<span class="s{level}" title="{probability:.2%}">{escape(text)}</span>')

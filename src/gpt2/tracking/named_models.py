@@ -1,8 +1,8 @@
 """Models by the names that a user may give: a path, an MLflow URI, or a name on Hugging Face's hub."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from gpt2.config import ModelConfig
 from gpt2.core.environment import MLFLOW_DEFAULTS
@@ -10,36 +10,46 @@ from gpt2.core.errors import UserError
 from gpt2.core.files import read_json
 from gpt2.core.paths import ROOT, main_root
 from gpt2.data.batches import SeenMask
+from gpt2.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import CONFIG, load_model, weights_sha256
 
 
-@dataclass(frozen=True)
-class Parent:
-    """The model that a training starts from, as train.init_from names it."""
+class NamedModel(NamedTuple):
+    """A model on the CPU, ready to generate, and what its files tell."""
 
-    name: str
-    sha256: str  # of its weights
+    path: Path  # its folder or file
     model: GPT2Model
     config: ModelConfig
     seen: SeenMask | None
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside it, or GPT-2's. Raises UserError if that has another vocabulary."""
+        return load_tokenizer(self.path, self.config.vocab_size)
 
-def load_named(name: str) -> tuple[GPT2Model, ModelConfig, SeenMask | None]:
-    """Return the model that a path, models:/, runs:/ or hf: names, as load_model does. Raises UserError."""
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of its weights as a model folder would hold them."""
+        return weights_sha256(self.model, self.config)
+
+
+def load_named(name: str) -> NamedModel:
+    """Load the model that a path, models:/, runs:/ or hf: names. Raises UserError."""
+    path = Path(name)
     if name.startswith(("models:", "runs:")):
         os.environ.update(MLFLOW_DEFAULTS | os.environ)
         from gpt2.tracking.registry import fetch_model  # MLflow takes as long to import as PyTorch
 
-        return load_model(fetch_model(name))
-    if name.startswith("hf:") or _is_huggingface_folder(Path(name)):
-        from gpt2.model.huggingface import load_huggingface  # type: ignore[import-not-found,unused-ignore]
+        path = fetch_model(name)
+    elif name.startswith("hf:") or _is_huggingface_folder(path):
+        from gpt2.model.huggingface import load_huggingface
 
-        return *load_huggingface(name.removeprefix("hf:")), None
-    return load_model(Path(name))
+        return NamedModel(path, *load_huggingface(name.removeprefix("hf:")), None)
+    return NamedModel(path, *load_model(path))
 
 
-def load_parent(name: str) -> Parent:
+def load_parent(name: str) -> NamedModel:
     """Load what train.init_from names. Raises UserError, also for an alias: equal parameters give equal results."""
     if name.startswith("models:/") and ("@" in name or name.endswith("/latest")):
         from gpt2.tracking.registry import open_version, uri_of
@@ -54,8 +64,7 @@ def load_parent(name: str) -> Parent:
                 f"{name} is not in the experiment's own folder, which has only what git and DVC track: "
                 f"run `dvc add {name}` and commit {name}.dvc"
             )
-    model, config, seen = load_named(found)
-    return Parent(name, weights_sha256(model, config), model, config, seen)
+    return load_named(found)
 
 
 def _is_huggingface_folder(path: Path) -> bool:

@@ -13,6 +13,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from gpt2.config import check
 from gpt2.core.errors import UserError
+from gpt2.data.tokenizer import load_tokenizer
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
 from gpt2.generation.shared_engine import SharedEngine
 from gpt2.model.weights import load_model
@@ -30,7 +31,9 @@ class TextGenerator(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights once, verified."""
-        model, _, seen = load_model(Path(context.artifacts["model"]))
+        folder = Path(context.artifacts["model"])
+        model, config, seen = load_model(folder)
+        self.tokenizer = load_tokenizer(folder, config.vocab_size)
         self.engine = SharedEngine(Engine(model, MAX_SLOTS, seen))
         logger = logging.getLogger("mlflow.models.utils")
         logger.setLevel(logging.WARNING)
@@ -60,7 +63,7 @@ class TextGenerator(PythonModel):
             if not all(isinstance(prompt, str) for prompt in prompts):
                 raise UserError("a prompt is no text")
             settings = check(GenerationSettings, {"seed": 0, **given}, "params")
-            return [Request(prompt, settings) for prompt in prompts]
+            return [Request(prompt, settings, self.tokenizer) for prompt in prompts]
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 

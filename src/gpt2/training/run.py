@@ -43,9 +43,6 @@ def check_shape(config: ModelConfig, given: ModelConfig, name: str) -> None:
 
     Its dropout may be another one, and its max_len less: see take_weights.
     """
-    if given.vocab_size != config.vocab_size:
-        sizes = f"its vocabulary has {given.vocab_size} tokens, that of data/tokens {config.vocab_size}"
-        raise UserError(f"train.init_from {name} has another tokenizer: {sizes}")
     fixed = given.model_dump(exclude={"vocab_size", "dropout", "max_len"})
     if config.max_len > given.max_len:
         fixed["max_len"] = given.max_len

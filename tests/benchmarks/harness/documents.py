@@ -11,10 +11,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
 
-from gpt2.data import tokenizer
 from gpt2.data.batches import load_tokens
+from gpt2.data.tokenizer import load_tokenizer
 
-tokens = load_tokens(Path(sys.argv[1]))
-ends = np.flatnonzero(tokens == tokenizer.END_OF_TEXT_ID)
+path = Path(sys.argv[1])
+tokens, tokenizer = load_tokens(path), load_tokenizer(path)
+ends = np.flatnonzero(tokens == tokenizer.end_of_text_id)
 for start, end in zip([0, *(ends + 1)], ends, strict=False):
     print(json.dumps({"text": tokenizer.decode(tokens[start:end].tolist())}))

@@ -1,0 +1,33 @@
+"""A vocabulary of the corpus's own: byte-level BPE (Sennrich et al. 2016), trained by the `tokenizers` library."""
+
+import base64
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from gpt2.core.errors import UserError
+from gpt2.core.files import write_text
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
+    """Write the tokens of a vocabulary, all but <|endoftext|>, in tiktoken's format, which `load_tokenizer` reads.
+
+    The same texts give the same bytes, whatever their order or the number of threads. Raises UserError if they have not
+    enough pairs for so many tokens.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's pattern
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # which stand for the 256 bytes
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=letters, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    ids = bpe.get_vocab()
+    if len(ids) < vocab_size - 1:
+        raise UserError(f"prepare.vocab_size {vocab_size} is more than the {len(ids) + 1} that the train split gives")
+    # Bytes that Latin-1 can print are their own letters, and come first (Radford et al. 2019, encoder.py).
+    order = sorted(range(256), key=lambda byte: byte == ord(" ") or not chr(byte).isprintable())
+    byte_of = dict(zip(letters, order, strict=True))
+    tokens = (bytes(byte_of[letter] for letter in token) for token in sorted(ids, key=ids.__getitem__))
+    write_text(file, "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
