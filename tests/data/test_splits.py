@@ -1,9 +1,9 @@
 """Fractions hold to within a document; given splits are kept; equal documents are never in two splits."""
 
 import hashlib
-import io
 import itertools
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def split(make_prepare_params: Callable[..., PrepareParams]) -> Callable[..., tu
     """Split texts, some with a given split; return the documents, what is left out, and the text of each document."""
 
     def run(texts: Texts, val: float = 0.1, test: float = 0.1, **changes: Any) -> Any:
-        file, documents = io.BytesIO(), []
+        file, documents = tempfile.TemporaryFile(buffering=0), []  # noqa: SIM115
         for number, one in enumerate(texts):
             text, name = one if isinstance(one, tuple) else (one, None)
             data = text.encode()
@@ -35,8 +35,8 @@ def split(make_prepare_params: Callable[..., PrepareParams]) -> Callable[..., tu
             file.write(data)
         params = make_prepare_params("data/raw", val_fraction=val, test_fraction=test, **changes)
         found, left_out = split_documents(documents, file, params)
-        assert all(hashlib.sha256(one.read(file)).digest() == one.sha256 for one in found)
-        return found, left_out, [one.read(file).decode() for one in found]
+        assert all(hashlib.sha256(one.read(file.fileno())).digest() == one.sha256 for one in found)
+        return found, left_out, [one.read(file.fileno()).decode() for one in found]
 
     return run
 

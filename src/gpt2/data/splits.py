@@ -2,8 +2,8 @@
 
 import hashlib
 import itertools
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -16,7 +16,7 @@ MOST_OVER = 3  # a split of more text than train may get this many times its fra
 LONGEST_LINE = 1 << 20  # bytes; a longer line may be cut inside
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Document:
     """A text in the file that holds all of them in UTF-8."""
 
@@ -24,16 +24,15 @@ class Document:
     start: int  # in bytes
     size: int
     sha256: bytes
-    split: str | None = None  # the one that the corpus gives
+    split: str | None = None  # the one that the corpus gives, until all are split
 
-    def read(self, file: BinaryIO) -> bytes:
-        """Return the document's bytes."""
-        file.seek(self.start)
-        return file.read(self.size)
+    def read(self, descriptor: int) -> bytes:
+        """Return the document's bytes, from a file that other threads read too."""
+        return os.pread(descriptor, self.size, self.start)
 
 
 def split_documents(
-    documents: Sequence[Document], file: BinaryIO, params: PrepareParams
+    documents: list[Document], file: BinaryIO, params: PrepareParams
 ) -> tuple[list[Document], Counter[str]]:
     """Return the documents with their splits, in order, and a count of what is left out, by kind.
 
@@ -47,33 +46,36 @@ def split_documents(
     pool = None if any(one.split is None for one in documents) else "train"  # the split of those to draw from
     if missing:
         piece = min(missing.values()) * sum(one.size for one in documents)
-        documents = [part for one in documents for part in (_cut(one, file, piece) if one.split == pool else [one])]
+        documents = [part for one in documents for part in (_cut(one, file, piece) if one.split == pool else (one,))]
     documents, left_out = _keep_equal_together(documents, params.deduplicate)
-    total, equal = sum(one.size for one in documents), defaultdict(list)
-    for number, one in enumerate(documents):
+    total, sizes = sum(one.size for one in documents), Counter[bytes]()
+    for one in documents:
         if one.split == pool:
-            equal[one.sha256].append(number)
-    sizes = {sha256: len(numbers) * documents[numbers[0]].size for sha256, numbers in equal.items()}
-    splits = {number: "train" for numbers in equal.values() for number in numbers}
+            sizes[one.sha256] += one.size
     # The order of the hashes stands in for a shuffle: it is the same for the same texts, whatever their names or order.
     # Documents larger than a split should be are taken last, so that the largest stay in train.
     most = max(missing.values(), default=0) * total
     shuffled = sorted(sizes, key=lambda sha256: (-sizes[sha256] if sizes[sha256] > most else 0, sha256))
     is_trained = pool == "train" or all(one.split != "train" for one in documents)
+    drawn: dict[bytes, str] = {}
     for place, (name, fraction) in enumerate(missing.items(), start=1):
         taken = 0
         while taken < fraction * total and len(shuffled) > len(missing) - place + is_trained:  # one is kept for each
             sha256 = shuffled.pop()
             taken += sizes[sha256]
-            splits |= dict.fromkeys(equal[sha256], name)
-    split = [replace(one, split=splits.get(number, one.split)) for number, one in enumerate(documents)]
-    _check(split, missing, params.source)
-    return split, left_out
+            drawn[sha256] = name
+    for one in documents:
+        if one.split == pool:
+            one.split = drawn.get(one.sha256, "train")
+    _check(documents, missing, params.source)
+    return documents, left_out
 
 
 def _cut(document: Document, file: BinaryIO, most: float) -> list[Document]:
     """Cut a document larger than `most` bytes at line ends into sections of about a fifth of that."""
-    sections = round(SECTIONS * document.size / most) if document.size > most else 1
+    if document.size <= most:
+        return [document]
+    sections = round(SECTIONS * document.size / most)
     bounds = {0, document.size}
     for number in range(1, sections):
         file.seek(document.start + document.size * number // sections)
@@ -86,17 +88,17 @@ def _cut(document: Document, file: BinaryIO, most: float) -> list[Document]:
     parts = []
     for start, end in itertools.pairwise(sorted(bounds)):
         part = replace(document, name=f"{document.name}[{start}:{end}]", start=document.start + start, size=end - start)
-        parts.append(replace(part, sha256=hashlib.sha256(part.read(file)).digest()))
+        parts.append(replace(part, sha256=hashlib.sha256(part.read(file.fileno())).digest()))
     return parts
 
 
-def _keep_equal_together(documents: Sequence[Document], deduplicate: bool) -> tuple[list[Document], Counter[str]]:
+def _keep_equal_together(documents: list[Document], deduplicate: bool) -> tuple[list[Document], Counter[str]]:
     """Give equal documents one split. Of copies in given splits, those in test are kept, else those in val."""
     home: dict[bytes, str] = {}
     for one in documents:
         if one.split and SPLITS.index(one.split) >= SPLITS.index(home.get(one.sha256, "train")):
             home[one.sha256] = one.split
-    kept, seen, left_out = [], set(), Counter[str]()
+    kept, seen, left_out = [], set[bytes](), Counter[str]()
     for one in documents:
         split = home.get(one.sha256)
         if one.split not in (None, split):
@@ -104,12 +106,14 @@ def _keep_equal_together(documents: Sequence[Document], deduplicate: bool) -> tu
         elif deduplicate and one.sha256 in seen:
             left_out["duplicate"] += 1
         else:
-            kept.append(one if one.split == split else replace(one, split=split))
-            seen.add(one.sha256)
+            one.split = split
+            kept.append(one)
+            if deduplicate:
+                seen.add(one.sha256)
     return kept, left_out
 
 
-def _check(documents: Sequence[Document], fractions: dict[str, float], source: str) -> None:
+def _check(documents: list[Document], fractions: dict[str, float], source: str) -> None:
     sizes = {name: sum(one.size for one in documents if one.split == name) for name in SPLITS}
     total = sum(sizes.values())
     for name, size in sizes.items():

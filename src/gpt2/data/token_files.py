@@ -6,25 +6,33 @@ import re
 import sys
 import tempfile
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+from joblib import cpu_count
 from numpy.typing import NDArray
 
 from gpt2.config import PrepareParams
 from gpt2.core.errors import UserError
 from gpt2.core.files import sha256_of, write_json
+from gpt2.core.progress import Progress
 from gpt2.data import tokenizer
 from gpt2.data.corpus import Text
 from gpt2.data.splits import SPLITS, Document, split_documents
 
 DTYPE = np.dtype("<u2")
+END = np.array([tokenizer.END_OF_TEXT_ID], dtype=DTYPE)
 PART_LENGTH = 1 << 20
 COLUMNS = ("document", "split", "first_token", "tokens", "bytes", "sha256")
+Tokens = NDArray[np.uint16]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")
 
 
@@ -72,10 +80,11 @@ def _store(texts: Iterable[Text], file: BinaryIO, params: PrepareParams) -> tupl
         file.write(data)
         documents.append(Document(name, start, len(data), hashlib.sha256(data).digest(), split))
         start += len(data)
+    file.flush()  # it is read by its descriptor
     return documents, too_short
 
 
-def _write(documents: Iterable[Document], file: BinaryIO, folder: Path) -> dict[str, Any]:
+def _write(documents: Sequence[Document], file: BinaryIO, folder: Path) -> dict[str, Any]:
     """Write the token files and tables; return the totals of each split."""
     totals = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
     seen = np.zeros(tokenizer.VOCAB_SIZE, dtype=bool)
@@ -86,18 +95,24 @@ def _write(documents: Iterable[Document], file: BinaryIO, folder: Path) -> dict[
         table = (folder / "documents.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="")
         rows = csv.writer(stack.enter_context(table), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         rows.writerow(COLUMNS)
-        for document in documents:
-            split = document.split or "train"
-            total, text, count = totals[split], document.read(file).decode("utf-8"), 0
-            ends_written += text.count(tokenizer.END_OF_TEXT)
-            for tokens in _tokenize(text):
-                files[split].write(tokens.tobytes())
-                count += len(tokens)
-                seen[tokens] |= split == "train"
-            del text  # before the next is read
-            rows.writerow([document.name, split, total["tokens"], count, document.size, document.sha256.hex()])
-            for name, value in (("documents", 1), ("bytes", document.size), ("tokens", count)):
-                total[name] += value
+        size = sum(document.size for document in documents)
+        progress = stack.enter_context(Progress("bytes tokenized", size, brief=True))
+        tokenize = partial(_tokenize, descriptor=file.fileno())
+        for batch, (tokens, counts, ends) in _in_threads(tokenize, _batches(documents)):
+            for split, ids in tokens.items():
+                files[split].write(ids.tobytes())
+                if split == "train":
+                    seen[ids] = True
+            for document, count in zip(batch, counts, strict=True):
+                total = totals[str(document.split)]
+                rows.writerow(
+                    [document.name, document.split, total["tokens"], count, document.size, document.sha256.hex()]
+                )
+                total["documents"] += 1
+                total["bytes"] += document.size
+                total["tokens"] += count
+                progress.advance(document.size)
+            ends_written += ends
     if ends_written:
         print(
             f"warning: {tokenizer.END_OF_TEXT} stands {ends_written} times in the text, as ordinary characters: "
@@ -121,7 +136,41 @@ def split_text(text: str) -> Iterator[str]:
         start = end
 
 
-def _tokenize(text: str) -> Iterator[NDArray[np.uint16]]:
-    for part in split_text(text):  # a list of tokens takes many times the memory of the text
-        yield np.array(tokenizer.encode(part), dtype=DTYPE)
-    yield np.array([tokenizer.END_OF_TEXT_ID], dtype=DTYPE)
+def _tokenize(documents: Iterable[Document], descriptor: int) -> tuple[dict[str, Tokens], list[int], int]:
+    """Return the tokens of each split, of each document their count, and how often <|endoftext|> is written out."""
+    found: dict[str, list[Tokens]] = {split: [] for split in SPLITS}
+    counts, ends = [], 0
+    for document in documents:
+        text = document.read(descriptor).decode("utf-8")
+        # A list of tokens takes many times the memory of the text.
+        parts = [*(np.array(tokenizer.encode(part), dtype=DTYPE) for part in split_text(text)), END]
+        found[str(document.split)] += parts
+        counts.append(sum(map(len, parts)))
+        ends += text.count(tokenizer.END_OF_TEXT)
+    return {split: np.concatenate(parts) for split, parts in found.items() if parts}, counts, ends
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield documents, in order, that together are large enough for a thread."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.size
+        if size >= PART_LENGTH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """Yield each item and its result, in order, a few ahead of what is taken: tiktoken runs without Python's lock."""
+    threads, waiting = cpu_count(), deque[tuple[Item, Future[Result]]]()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > threads:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
