@@ -155,6 +155,7 @@ def test_all_conflicts_between_sections_are_reported_at_once(problem: Callable[.
         ("prepare.source", "hf:../tokens"),
         ("prepare.source", "hf:data/raw/../tokens"),
         ("prepare.files", ""),
+        ("prepare.files", "."),
         ("prepare.separator", ""),
         ("prepare.encoding", "utf-88"),
         ("prepare.encoding", "hex"),

@@ -3,7 +3,7 @@
 import difflib
 import re
 import reprlib
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
@@ -31,6 +31,14 @@ def _encoding(name: str) -> str:
     except (LookupError, ValueError):
         raise ValueError("should be a text encoding that Python knows, such as utf-8 or latin-1") from None
     return name
+
+
+def _glob(pattern: str) -> str:
+    try:
+        PurePath().match(pattern)
+    except ValueError:
+        raise ValueError("should be a glob, such as *.py") from None
+    return pattern
 
 
 def _device(name: str) -> str:
@@ -78,6 +86,7 @@ Size = Annotated[int, Field(gt=0, le=MOST_SIZE)]
 Natural = Annotated[int, Field(ge=0, lt=MOST)]
 Fraction = Annotated[Float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+Glob = Annotated[str, AfterValidator(_glob)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -89,11 +98,11 @@ class Section(BaseModel):
 
 class PrepareParams(Section):
     source: Annotated[str, AfterValidator(_source)]
-    files: Text | None
+    files: Glob | None
     text_column: Text
     separator: Text | None
     encoding: Annotated[str, AfterValidator(_encoding)]
-    splits: dict[Literal["train", "val", "test"], Text] | None
+    splits: dict[Literal["train", "val", "test"], Glob] | None
     val_fraction: Fraction
     test_fraction: Fraction
     max_documents: Count | None

@@ -54,6 +54,11 @@ def test_splits_and_rows_can_be_chosen(root: Path, make_prepare_params: Make, er
     assert "has no split 'tset', but train, validation, unsupervised" in error_line(lambda: read(test="tset"))
 
 
+def test_a_link_is_refused(root: Path, make_prepare_params: Make, error_line: ErrorLine) -> None:
+    (root / "data/raw/mine/more").symlink_to(root)
+    assert "more is a link" in error_line(lambda: read_corpus(make_prepare_params(SOURCE), root))
+
+
 def test_a_missing_column_gets_one_line(root: Path, make_prepare_params: Make, error_line: ErrorLine) -> None:
     line = error_line(lambda: list(read_corpus(make_prepare_params(SOURCE), root)[0]))
     assert "a row has no column 'text' (prepare.text_column), but id, body" in line

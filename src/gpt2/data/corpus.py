@@ -108,6 +108,9 @@ def read_sotu() -> list[Part]:
 
 
 def _dataset(params: PrepareParams, root: Path, left_out: Counter[str]) -> list[Part]:
+    path = root / params.source.removeprefix(PREFIX)
+    if path.exists():
+        _find(path, root, lambda _: True, Counter())  # refuses links
     splits = open_dataset(params.source, root)
     given: dict[str, str | None]
     if params.splits:
