@@ -85,23 +85,32 @@ def read_parquet(stream: BinaryIO, params: PrepareParams) -> Iterator[str]:
     """Yield the text column of each row."""
     from pyarrow.parquet import ParquetFile
 
-    column = params.text_column
     with tempfile.TemporaryFile() as unpacked:
-        if not isinstance(
-            stream, io.BufferedReader
-        ):  # one that is compressed as a whole; the table's end is read first
+        if not isinstance(stream, io.BufferedReader):  # it is compressed as a whole; a table's end is read first
             shutil.copyfileobj(stream, unpacked, CHUNK)
             stream = unpacked
         file = ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK)
-        if column not in file.schema_arrow.names:
-            text_of(dict.fromkeys(file.schema_arrow.names), column, "it")
-        kind = file.schema_arrow.field(column).type
-        plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if str(plain) not in ("string", "large_string", "string_view", "null"):
-            raise ValueError(f"the column {column!r} is {kind}, not text")
-        for batch in file.iter_batches(PARQUET_ROWS, columns=[column], use_threads=False):
+        _check_table(file, params.text_column)
+        for batch in file.iter_batches(PARQUET_ROWS, columns=[params.text_column], use_threads=False):
             for value in batch.column(0):
-                yield text_of({column: value.as_py()}, column, "a row")
+                yield text_of({params.text_column: value.as_py()}, params.text_column, "a row")
+
+
+def _check_table(file: Any, column: str) -> None:
+    """Raise ValueError if a Parquet file has no such column of text, or one whose rows are far too large to unpack."""
+    if column not in file.schema_arrow.names:
+        text_of(dict.fromkeys(file.schema_arrow.names), column, "it")
+    kind = file.schema_arrow.field(column).type
+    plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if str(plain) not in ("string", "large_string", "string_view", "null"):
+        raise ValueError(f"the column {column!r} is {kind}, not text")
+    for group in map(file.metadata.row_group, range(file.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            size = chunk.total_uncompressed_size if chunk.path_in_schema == column else 0
+            if size > 4 * LARGEST * group.num_rows:  # a character has up to four bytes
+                raise ValueError(
+                    f"{size:,} bytes in {group.num_rows} rows: texts are longer than {LARGEST:,} characters"
+                )
 
 
 def open_xz(path: Path) -> lzma.LZMAFile:
