@@ -21,9 +21,9 @@ from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import use_threads
 from gpt2.core.errors import NoModelError, UserError
 from gpt2.core.files import atomic_write
-from gpt2.core.paths import PARAMS, ROOT, main_root
+from gpt2.core.paths import PARAMS, main_root
 from gpt2.data.batches import SeenMask, TrainingBatches
-from gpt2.data.corpus import read_corpus
+from gpt2.data.corpus import read_sotu
 from gpt2.data.tokenizer import VOCAB_SIZE, Tokenizer, gpt2_tokenizer
 from gpt2.evaluation.attention_weights import attention_weights
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
@@ -199,8 +199,7 @@ def generation() -> list[Check]:
 
 def training() -> list[Check]:
     """Train a small model for two epochs on the beginning of the corpus."""
-    documents, _ = read_corpus("sotu", ROOT)
-    ids = (token for document in documents for token in gpt2_tokenizer().encode(document.read()))
+    ids = (token for part in read_sotu() for text in part.read() for token in gpt2_tokenizer().encode(text))
     tokens = np.fromiter(islice(ids, TRAINING_TOKENS), dtype=np.uint16)
     model = untrained(SMALL).train()
     batches = TrainingBatches(tokens, BATCH_SIZE, SMALL["max_len"], SEED)

@@ -15,15 +15,14 @@ from gpt2.data.token_files import write_token_files
 def main() -> None:
     params = load_params(PARAMS).prepare
     check_versions()
-    check_tracked(params.source, ROOT, main_root())
-    documents, left_out = read_corpus(params.source, ROOT)
+    check_tracked(params, ROOT, main_root())
+    texts, left_out = read_corpus(params, ROOT)
     with atomic_write(TOKENS) as folder:
         folder.mkdir()
-        meta = write_token_files(
-            documents, folder, params.source, params.val_fraction, params.test_fraction, params.vocab_size
-        )
-    if any(left_out.values()):
-        print("left out:", ", ".join(f"{count} {kind}" for kind, count in left_out.items() if count))
+        meta, documents_left_out = write_token_files(texts, folder, params)
+    left_out += documents_left_out  # which also drops kinds of which there is none
+    if left_out:
+        print("left out:", ", ".join(f"{count} {kind}" for kind, count in left_out.items()))
     for name, split in meta["splits"].items():
         print(f"{name:5} {split['documents']:8,} documents {split['bytes']:13,} bytes {split['tokens']:12,} tokens")
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from hypothesis import settings
 
-from gpt2.config import ModelConfig, TrainParams, check
+from gpt2.config import ModelConfig, PrepareParams, TrainParams, check
 from gpt2.core.cli import fail
 from gpt2.core.environment import MLFLOW_DEFAULTS
 from gpt2.core.errors import UserError
@@ -131,6 +131,12 @@ def make_train_params(shipped_text: str) -> Callable[..., TrainParams]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_prepare_params(shipped_text: str) -> Callable[..., PrepareParams]:
+    section = yaml.safe_load(shipped_text)["prepare"]
+    return lambda source, **changes: check(PrepareParams, section | {"source": source} | changes, "tiny")
 
 
 @pytest.fixture(scope="session")

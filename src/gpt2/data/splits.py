@@ -1,0 +1,129 @@
+"""Documents are split into train, val and test: the splits that the corpus gives, and fractions for those it lacks."""
+
+import hashlib
+import itertools
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+from gpt2.config import PrepareParams
+from gpt2.core.errors import UserError
+
+SPLITS = ("train", "val", "test")
+SECTIONS = 5  # of the smallest split, that a document larger than it is cut into
+MOST_OVER = 3  # a split of more text than train may get this many times its fraction, since rows stay whole
+LONGEST_LINE = 1 << 20  # bytes; a longer line may be cut inside
+
+
+@dataclass(slots=True)
+class Document:
+    """A text in the file that holds all of them in UTF-8."""
+
+    name: str
+    start: int  # in bytes
+    size: int
+    sha256: bytes
+    split: str | None = None  # the one that the corpus gives, until all are split
+
+    def read(self, descriptor: int) -> bytes:
+        """Return the document's bytes, from a file that other threads read too."""
+        return os.pread(descriptor, self.size, self.start)
+
+
+def split_documents(
+    documents: list[Document], file: BinaryIO, params: PrepareParams
+) -> tuple[list[Document], Counter[str]]:
+    """Return the documents with their splits, in order, and a count of what is left out, by kind.
+
+    Splits that no document is given for take their fractions of the bytes: of the documents without a split, else of
+    those given for train. Such documents are cut at line ends if they are larger than the smallest of these splits.
+    Equal documents are never in two splits. Raises UserError if a split is left without text, or would get far more
+    than its fraction, and more than train.
+    """
+    fractions = {"test": params.test_fraction, "val": params.val_fraction}
+    missing = {name: fraction for name, fraction in fractions.items() if all(one.split != name for one in documents)}
+    pool = None if any(one.split is None for one in documents) else "train"  # the split of those to draw from
+    if missing:
+        piece = min(missing.values()) * sum(one.size for one in documents)
+        documents = [part for one in documents for part in (_cut(one, file, piece) if one.split == pool else (one,))]
+    documents, left_out = _keep_equal_together(documents, params.deduplicate)
+    total, sizes = sum(one.size for one in documents), Counter[bytes]()
+    for one in documents:
+        if one.split == pool:
+            sizes[one.sha256] += one.size
+    # The order of the hashes stands in for a shuffle: it is the same for the same texts, whatever their names or order.
+    # Documents larger than a split should be are taken last, so that the largest stay in train.
+    most = max(missing.values(), default=0) * total
+    shuffled = sorted(sizes, key=lambda sha256: (-sizes[sha256] if sizes[sha256] > most else 0, sha256))
+    is_trained = pool == "train" or all(one.split != "train" for one in documents)
+    drawn: dict[bytes, str] = {}
+    for place, (name, fraction) in enumerate(missing.items(), start=1):
+        taken = 0
+        while taken < fraction * total and len(shuffled) > len(missing) - place + is_trained:  # one is kept for each
+            sha256 = shuffled.pop()
+            taken += sizes[sha256]
+            drawn[sha256] = name
+    for one in documents:
+        if one.split == pool:
+            one.split = drawn.get(one.sha256, "train")
+    _check(documents, missing, params.source)
+    return documents, left_out
+
+
+def _cut(document: Document, file: BinaryIO, most: float) -> list[Document]:
+    """Cut a document larger than `most` bytes at line ends into sections of about a fifth of that."""
+    if document.size <= most:
+        return [document]
+    sections = round(SECTIONS * document.size / most)
+    bounds = {0, document.size}
+    for number in range(1, sections):
+        file.seek(document.start + document.size * number // sections)
+        file.readline(LONGEST_LINE)
+        while (byte := file.read(1)) and 0x80 <= byte[0] < 0xC0:  # inside a UTF-8 character
+            pass
+        bounds.add(min(file.tell() - len(byte) - document.start, document.size))
+    if len(bounds) == 2:
+        return [document]
+    parts = []
+    for start, end in itertools.pairwise(sorted(bounds)):
+        part = replace(document, name=f"{document.name}[{start}:{end}]", start=document.start + start, size=end - start)
+        parts.append(replace(part, sha256=hashlib.sha256(part.read(file.fileno())).digest()))
+    return parts
+
+
+def _keep_equal_together(documents: list[Document], deduplicate: bool) -> tuple[list[Document], Counter[str]]:
+    """Give equal documents one split. Of copies in given splits, those in test are kept, else those in val."""
+    home: dict[bytes, str] = {}
+    for one in documents:
+        if one.split and SPLITS.index(one.split) >= SPLITS.index(home.get(one.sha256, "train")):
+            home[one.sha256] = one.split
+    kept, seen, left_out = [], set[bytes](), Counter[str]()
+    for one in documents:
+        split = home.get(one.sha256)
+        if one.split not in (None, split):
+            left_out["equal to one of another split"] += 1
+        elif deduplicate and one.sha256 in seen:
+            left_out["duplicate"] += 1
+        else:
+            one.split = split
+            kept.append(one)
+            if deduplicate:
+                seen.add(one.sha256)
+    return kept, left_out
+
+
+def _check(documents: list[Document], fractions: dict[str, float], source: str) -> None:
+    sizes = {name: sum(one.size for one in documents if one.split == name) for name in SPLITS}
+    total = sum(sizes.values())
+    for name, size in sizes.items():
+        if not size:
+            raise UserError(
+                f"prepare.source {source}: no text is left for the {name} split; give more documents, or a longer text"
+            )
+        if name in fractions and size > max(MOST_OVER * fractions[name] * total, sizes["train"]):
+            largest = max((one for one in documents if one.split == name), key=lambda one: one.size).name
+            raise UserError(
+                f"prepare.{name}_fraction {fractions[name]} would become {size / total:.2g} with {largest}: cut that "
+                "text into smaller ones, or give the splits (prepare.splits)"
+            )
