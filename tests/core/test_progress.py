@@ -19,7 +19,7 @@ from gpt2.training.training_log import TrainingLog
 
 params = load_params(Path(sys.argv[1])).train.model_copy(update={"max_steps": 20000, "log_interval": 5})
 log = TrainingLog(params, torch.device("cpu"), Checkpoints(Path("nowhere")), lambda *_: None)
-log.log_validation(0, {"val/loss": 10.825})
+log.log_validation(0, 10.825)
 for step in log.progress(19980):
     time.sleep(0.06)
     log.add(torch.tensor(4.5), torch.tensor(1.0))
@@ -28,7 +28,7 @@ for step in log.progress(19980):
             for _ in range(30):
                 time.sleep(0.06)
                 progress.advance(10)
-        log.log_validation(step, {"val/loss": 4.832})
+        log.log_validation(step, 4.832)
     if (step + 1) % 5 == 0:
         log.log_training(step + 1)
 print("the end")

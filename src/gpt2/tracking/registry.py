@@ -77,7 +77,7 @@ def fetch_model(uri: str) -> Path:
     """
     with _open_store(uri):
         if checkpoint := _checkpoint_at(uri):
-            tags, folder = checkpoint.tags, _local_artifacts(checkpoint.artifact_location, checkpoint.tags, uri)
+            tags, folder = checkpoint.tags, _local_artifacts(checkpoint.artifact_location, checkpoint.model_id, uri)
         else:
             version = _version_at(mlflow.MlflowClient(), uri)
             tags, folder = version.tags, artifacts_folder(version)
@@ -89,16 +89,16 @@ def fetch_model(uri: str) -> Path:
 def artifacts_folder(version: ModelVersion) -> Path:
     """Return where a version's files are on this machine: in the store, or in a copy that is kept here."""
     source = mlflow.MlflowClient().get_model_version_download_uri(version.name, version.version)
-    return _local_artifacts(source, version.tags, uri_of(version))
+    return _local_artifacts(source, version.tags[MODEL_SHA256], uri_of(version))
 
 
-def _local_artifacts(source: str, tags: dict[str, str], uri: str) -> Path:
+def _local_artifacts(source: str, name: str, uri: str) -> Path:
     if local := get_local_path_or_none(source):
         folder = Path(local).resolve() / "artifacts"
         if not folder.exists():
             withdraw_receipt()  # the next `dvc repro` registers what can be registered again
         return folder
-    kept = main_root() / ".cache" / "models" / tags[MODEL_SHA256]
+    kept = main_root() / ".cache" / "models" / name
     with file_lock(kept.with_suffix(".lock"), f"another process downloads {uri}"):
         if not kept.exists():
             with atomic_write(kept) as partial:
