@@ -58,6 +58,12 @@ def test_a_card_tells_the_figures_first_and_then_what_a_reader_needs(results: Pa
         assert words in text, words
 
 
+def test_a_card_tells_whose_the_tokenizer_is(results: Path, shipped: dict[str, Any]) -> None:
+    assert "The tokenizer is GPT-2's." in read_card(check(Params, shipped, ""), LINEAGE).body
+    own = shipped | {"prepare": shipped["prepare"] | {"tokenizer": "bpe", "vocab_size": 4096}}
+    assert "The tokenizer is byte-level BPE of 4096 tokens" in read_card(check(Params, own, ""), LINEAGE).body
+
+
 def test_a_long_text_and_a_huge_loss_fit_into_a_card(results: Path, shipped: dict[str, Any]) -> None:
     write_text(results / "samples/samples.csv", SAMPLES.format(text=" war" * LIMIT))
     write_json(results / "metrics/evaluate.json", {"loss": 1000.0, "val_loss": 100.0})

@@ -145,11 +145,8 @@ def _source(source: str) -> str:
 
 
 def _tokenizer(params: PrepareParams) -> str:
-    return (
-        f"byte-level BPE of {params.vocab_size:,} tokens, trained on this training split"
-        if params.vocab_size
-        else "GPT-2's"
-    )
+    own = f"byte-level BPE of {params.vocab_size} tokens, trained on this training split"
+    return own if params.vocab_size else "GPT-2's"
 
 
 def _words(section: dict[str, Any]) -> str:
