@@ -6,12 +6,15 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from gpt2.config import Device, ModelConfig, champion_uri, check
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import autocast, choose_device, choose_precision
 from gpt2.core.environment import MLFLOW_DEFAULTS
 from gpt2.core.errors import UserError
 from gpt2.core.paths import PARAMS
+from gpt2.data.batches import SeenMask
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.evaluation.scoring import score
 from gpt2.generation.engine import Engine, GenerationSettings, Request
@@ -33,17 +36,11 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal cannot show
     arguments, options = parse_arguments()
     settings = GenerationSettings(**options.model_dump(exclude={"device", "quantize"}))
-    wants_int8 = options.quantize == "int8"  # which only the CPU has
-    device = choose_device("cpu" if wants_int8 and options.device == "auto" else options.device)
+    device = choose_device_for(options.device, options.quantize)
     request = None if arguments.prompt is None else Request(arguments.prompt, settings)
     scored = None if arguments.score is None else read_text(arguments.score)
 
-    name = arguments.model or champion_uri(PARAMS)
-    model, config, seen = load_model(find_model(name))
-    if config.vocab_size != VOCAB_SIZE:
-        raise UserError(f"{name} has a vocabulary of {config.vocab_size}, not GPT-2's {VOCAB_SIZE}")
-    model.to(device)
-    inform(f"{name}: {describe_model(model, config)} on {device}")
+    model, seen = load(arguments.model or champion_uri(PARAMS), device)
     if scored is not None:
         with autocast(device, choose_precision("auto", device)):
             print(score(model, scored, arguments.explain))
@@ -98,6 +95,24 @@ def read_text(name: str) -> str:
     if not text:
         raise UserError("the text to score is empty")
     return text
+
+
+def choose_device_for(name: str, quantize: Quantization) -> torch.device:
+    """Return the device called `name`; "auto" is the CPU for int8, which only the CPU has."""
+    return choose_device("cpu" if quantize == "int8" and name == "auto" else name)
+
+
+def load(name: str, device: torch.device) -> tuple[GPT2Model, SeenMask | None]:
+    """Return a model given as a path or as an MLflow URI, and which tokens its training text had; tell of it.
+
+    Raises UserError if there is none, or it is of another vocabulary.
+    """
+    model, config, seen = load_model(find_model(name))
+    if config.vocab_size != VOCAB_SIZE:
+        raise UserError(f"{name} has a vocabulary of {config.vocab_size}, not GPT-2's {VOCAB_SIZE}")
+    model.to(device)
+    inform(f"{name}: {describe_model(model, config)} on {device}")
+    return model, seen
 
 
 def find_model(name: str) -> Path:

@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 # From the bottom up: a module imports from its own place and from those below.
-ORDER = ("core", "config.py", "data", "model", "training", "evaluation", "generation", "report", "tracking", "scripts")
+ORDER = (
+    *("core", "config.py", "data", "model", "training", "evaluation", "generation", "serving", "report", "tracking"),
+    "scripts",
+)
 MODULES = sorted(SRC.rglob("*.py"))
 
 

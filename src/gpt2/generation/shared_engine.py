@@ -36,6 +36,12 @@ class SharedEngine:
             self._receivers.update(receivers)
             self._waiting.extend(receivers)
 
+    def cancel_all(self, reason: Exception) -> None:
+        """End all texts, and tell their receivers why."""
+        for request, receive in list(self._receivers.items()):
+            request.cancelled = True
+            receive(reason)
+
     def submit(self, requests: list[Request], seconds: float = threading.TIMEOUT_MAX) -> list[Generator[str]]:
         """Return each request's text, part by part.
 
