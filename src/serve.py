@@ -1,6 +1,11 @@
 """Serve a trained GPT-2 over HTTP: OpenAI's completions, and a page to try them."""
 
 import os
+
+from gpt2.core.environment import OPENMP_DEFAULTS
+
+os.environ.update(OPENMP_DEFAULTS | os.environ)  # the engine shares its cores with the server
+
 import socket
 import sys
 import time

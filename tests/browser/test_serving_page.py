@@ -1,13 +1,10 @@
 """The page of serve.py in a real browser."""
 
 import re
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from typing import Literal
 
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Page, expect
 
 from gpt2.data.tokenizer import VOCAB_SIZE
@@ -15,6 +12,7 @@ from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Reques
 from gpt2.generation.shared_engine import SharedEngine
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.serving.app import Limits, make_app
+from serving.helpers import serving
 
 pytestmark = pytest.mark.slow
 expect.set_options(timeout=60_000)
@@ -34,13 +32,8 @@ def engine(model: GPT2Model) -> SharedEngine:
 @pytest.fixture(scope="module")
 def address(engine: SharedEngine) -> Iterator[str]:
     app = make_app(engine, 64, "a model", Limits(max_tokens=10**6, max_waiting=4), KEY)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with serving(app) as (host, port):
+        yield f"http://{host}:{port}"
 
 
 @pytest.fixture(params=["light", "dark"])

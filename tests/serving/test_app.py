@@ -4,8 +4,6 @@ import contextlib
 import http.client
 import json
 import re
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +13,6 @@ from typing import Any
 import openai
 import pytest
 import torch
-import uvicorn
 from fastapi import FastAPI
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,6 +23,7 @@ from gpt2.generation.shared_engine import SharedEngine
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.report.page import LEVELS, STYLE
 from gpt2.serving.app import MAX_BODY_BYTES, PAGE, Limits, make_app
+from serving.helpers import serving
 
 NAME, KEY, MAX_LEN = "models:/gpt2@champion", "a secret", 24
 MAX_WAITING, ENDLESS = 4, 10**6
@@ -74,13 +72,8 @@ def served(make_model: Callable[..., GPT2Model]) -> Iterator[Served]:
     model = make_model(vocab_size=VOCAB_SIZE, max_len=MAX_LEN, random=True)
     engine = SharedEngine(Engine(model, MAX_SLOTS))
     app = make_app(engine, model.max_len, NAME, Limits(max_tokens=ENDLESS, max_waiting=MAX_WAITING), KEY)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    yield Served(listener.getsockname(), app, engine, model)
-    server.should_exit = True
-    thread.join()
+    with serving(app) as address:
+        yield Served(address, app, engine, model)
 
 
 def test_the_openai_client_gets_the_text_whole_and_in_parts(served: Served) -> None:
@@ -137,15 +130,11 @@ def test_echo_and_logprobs_tell_each_token_whole_and_in_parts(served: Served, ma
         assert max(best) == pytest.approx(logprobs[index - 1].max().item(), abs=1e-3) and 3 <= len(best) <= 4
     told_in_parts: dict[str, list[Any]] = {name: [] for name in told}
     with served.client as client:
-        extra: Any = {"extra_body": {"top_k": 9}}
-        for part in client.completions.create(model=NAME, stream=True, seed=1, **extra, **without(asked, "top_k")):
+        extra: Any = {"extra_body": {"top_k": asked.pop("top_k")}} | asked
+        for part in client.completions.create(model=NAME, stream=True, seed=1, **extra):
             for name, values in part.choices[0].logprobs or ():
                 told_in_parts[name] += values
     assert told_in_parts == told
-
-
-def without(given: dict[str, Any], name: str) -> Any:
-    return {key: value for key, value in given.items() if key != name}
 
 
 def test_a_text_ends_before_the_first_stop_string_and_so_do_its_tokens(served: Served) -> None:

@@ -32,6 +32,8 @@ KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 PAGE = Path(__file__).with_name("page.html")
 
+Parts = AsyncGenerator[dict[int, tuple[str, bool]]]  # of texts, by index: what has grown, and whether it has ended
+
 logger = logging.getLogger(__name__)
 
 
@@ -91,9 +93,9 @@ def make_app(engine: SharedEngine, max_len: int, name: str, limits: Limits, api_
     async def apologize(_: Request, __: Exception) -> Response:
         return refuse(500, "internal error")
 
-    def authorize(request: Request) -> None:
+    async def authorize(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if api_key and not hmac.compare_digest(given.encode(), api_key.encode()):
+        if api_key and not hmac.compare_digest(given.encode("latin-1"), api_key.encode()):
             raise HTTPException(401, "the API key is missing or wrong", {"WWW-Authenticate": "Bearer"})
 
     @app.get("/")
@@ -116,27 +118,27 @@ def make_app(engine: SharedEngine, max_len: int, name: str, limits: Limits, api_
     @app.post("/v1/completions", dependencies=[Depends(authorize)])
     async def complete(request: Request) -> Response:
         began = time.monotonic()
-        if app.state.draining:
-            raise HTTPException(503, "the server is stopping", {"Retry-After": "10"})
         body = await read_body(request)
         asked, choices = await asyncio.to_thread(read_choices, body, limits.max_tokens, max_len)
         if asked.model not in (None, name):
             raise HTTPException(404, f"there is no model {asked.model}; this server has {name}")
+        if app.state.draining:
+            raise HTTPException(503, "the server is stopping", {"Retry-After": "10"})
         if engine.unfinished + len(choices) > MAX_SLOTS + limits.max_waiting:
             raise HTTPException(429, "too many texts are waiting; try again later", {"Retry-After": "1"})
         parts = follow(engine, choices, asked.stream, metrics, began)
         await anext(parts)  # begins the texts; and then a generator that is dropped ends them
-        head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": name,
-        }
-        metrics.requests.labels(200).inc()
+        now = int(time.time())
+        head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": now, "model": name}
         if asked.stream:
             events = tell_events(head, asked, choices, parts)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        return await unless_gone(request, tell_whole(head, choices, parts))
+            answer: Response = StreamingResponse(
+                events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            )
+        else:
+            answer = await unless_gone(request, tell_whole(head, choices, parts))
+        metrics.requests.labels(200).inc()
+        return answer
 
     return app
 
@@ -163,10 +165,8 @@ def read_choices(body: bytes, max_tokens: int, max_len: int) -> tuple[Completion
     return asked, [Choice(index, asked, max_len) for index in range(len(asked.prompt) * asked.n)]
 
 
-async def follow(
-    engine: SharedEngine, choices: list[Choice], each_part: bool, metrics: Metrics, began: float
-) -> AsyncGenerator[dict[int, tuple[str, bool]]]:
-    """Begin the texts of choices and yield nothing; then those that have grown, and whether they have ended, by index.
+async def follow(engine: SharedEngine, choices: list[Choice], each_part: bool, metrics: Metrics, began: float) -> Parts:
+    """Begin the texts of choices and yield nothing; then those that have grown.
 
     Without `each_part` only when one has ended. Texts that are no longer followed are cancelled. Raises HTTPException
     if generation fails.
@@ -208,9 +208,6 @@ async def follow(
         counted = usage(choices)
         metrics.prompt_tokens.inc(counted["prompt_tokens"])
         metrics.completion_tokens.inc(counted["completion_tokens"])
-
-
-Parts = AsyncGenerator[dict[int, tuple[str, bool]]]
 
 
 async def tell_whole(head: dict[str, Any], choices: list[Choice], parts: Parts) -> Response:
