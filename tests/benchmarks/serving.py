@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import psutil
 
@@ -25,7 +26,7 @@ from peers import ROOT, print_circumstances
 sys.path.insert(0, str(ROOT / "src"))
 
 PROMPT, TOKENS = "The state of the union", 50
-SETTINGS = {"temperature": 0.7, "top_k": 40, "max_tokens": TOKENS}
+SETTINGS: dict[str, Any] = {"temperature": 0.7, "top_k": 40, "max_tokens": TOKENS}
 
 
 def bare(model: str, clients: int, seconds: float) -> None:
