@@ -138,14 +138,13 @@ def test_echo_and_logprobs_tell_each_token_whole_and_in_parts(served: Served, ma
 
 
 def test_a_text_ends_before_the_first_stop_string_and_so_do_its_tokens(served: Served) -> None:
-    text = served.write(max_tokens=20)["choices"][0]["text"]
-    stops = [text[30:34], text[20:23]]
+    [whole] = served.write(max_tokens=20, logprobs=0)["choices"]
+    starts = [start - len("The war") for start in whole["logprobs"]["text_offset"]]
+    stops = [whole["text"][starts[first] : starts[first + 2]] for first in (12, 6)]  # of two tokens each
     [choice] = served.write(max_tokens=20, stop=stops, logprobs=0)["choices"]
-    end = min(map(text.index, stops))
-    assert (choice["text"], choice["finish_reason"]) == (text[:end], "stop")
-    offsets = choice["logprobs"]["text_offset"]
-    assert offsets[0] == len("The war") and all(offset < len("The war") + end for offset in offsets)
-    assert served.write(max_tokens=20, stop=stops[1])["choices"][0]["text"] == text[: text.index(stops[1])]
+    assert (choice["text"], choice["finish_reason"]) == (whole["text"][: starts[6]], "stop")
+    assert choice["logprobs"] == {name: values[:6] for name, values in whole["logprobs"].items()}
+    assert served.write(max_tokens=20, stop=stops[0])["choices"][0]["text"] == whole["text"][: starts[12]]
 
 
 @pytest.mark.parametrize(
