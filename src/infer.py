@@ -5,17 +5,20 @@ import io
 import sys
 from pathlib import Path
 
+import torch
+
 from gpt2.config import Device, ModelConfig, champion_uri, check
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import autocast, choose_device, choose_precision
 from gpt2.core.errors import UserError
 from gpt2.core.paths import PARAMS
+from gpt2.data.tokenizer import Tokenizer
 from gpt2.evaluation.scoring import score
-from gpt2.generation.engine import Engine, GenerationSettings, Request
+from gpt2.generation.engine import Engine, GenerationSettings, Request, check_prompt
 from gpt2.generation.linear import Quantization
 from gpt2.generation.repl import BYTE_ORDER_MARK, TypedSettings, converse, inform, print_text
 from gpt2.model.gpt2 import GPT2Model
-from gpt2.tracking.named_models import load_named
+from gpt2.tracking.named_models import NamedModel, load_named
 
 
 class Options(TypedSettings):
@@ -30,20 +33,18 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal cannot show
     arguments, options = parse_arguments()
     settings = GenerationSettings(**options.model_dump(exclude={"device", "quantize"}))
-    wants_int8 = options.quantize == "int8"  # which only the CPU has
-    device = choose_device("cpu" if wants_int8 and options.device == "auto" else options.device)
+    device = choose_device_for(options.device, options.quantize)
     scored = None if arguments.score is None else read_text(arguments.score)
 
-    name = arguments.model or champion_uri(PARAMS)
-    named = load_named(name)
-    model, tokenizer = named.model.to(device), named.tokenizer
+    if arguments.prompt is not None:
+        check_prompt(arguments.prompt)
+    named, tokenizer = load(arguments.model or champion_uri(PARAMS), device)
     request = None if arguments.prompt is None else Request(arguments.prompt, settings, tokenizer)
-    inform(f"{name}: {describe_model(model, named.config)} on {device}")
     if scored is not None:
         with autocast(device, choose_precision("auto", device)):
-            print(score(model, tokenizer, scored, arguments.explain))
+            print(score(named.model, tokenizer, scored, arguments.explain))
         return
-    engine = Engine(model, 1, named.seen, options.quantize)
+    engine = Engine(named.model, 1, named.seen, options.quantize)
     if request is not None:
         print_text(engine, request)
     else:
@@ -93,6 +94,20 @@ def read_text(name: str) -> str:
     if not text:
         raise UserError("the text to score is empty")
     return text
+
+
+def choose_device_for(name: str, quantize: Quantization) -> torch.device:
+    """Return the device called `name`; "auto" is the CPU for int8, which only the CPU has."""
+    return choose_device("cpu" if quantize == "int8" and name == "auto" else name)
+
+
+def load(name: str, device: torch.device) -> tuple[NamedModel, Tokenizer]:
+    """Load what load_named finds, onto the device, and tell of it. Raises UserError."""
+    named = load_named(name)
+    tokenizer = named.tokenizer
+    named.model.to(device)
+    inform(f"{name}: {describe_model(named.model, named.config)} on {device}")
+    return named, tokenizer
 
 
 def describe_model(model: GPT2Model, config: ModelConfig) -> str:

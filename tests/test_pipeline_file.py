@@ -23,6 +23,7 @@ ORDER = (
     "evaluation",
     "generation",
     "export",
+    "serving",
     "report",
     "tracking",
     "scripts",

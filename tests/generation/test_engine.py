@@ -158,3 +158,24 @@ def test_broken_weights_are_named(
 
 def test_no_texts_are_no_texts(model: GPT2Model) -> None:
     assert Engine(model, 16).generate_all([]) == []
+
+
+@pytest.mark.parametrize("prompt", ["One nation, many", "One"])
+def test_scores_are_the_whole_models_log_probabilities_whatever_the_settings(model: GPT2Model, prompt: str) -> None:
+    settings = text_of("a", max_tokens=3, temperature=2.0, top_k=5, repetition_penalty=2.0).settings
+    beside = text_of("war", max_tokens=9)
+    text = Request(prompt, settings, GPT2, logprobs=2, scores_prompt=True)
+    Engine(model, 16).generate_all([beside, text])
+    with torch.no_grad():
+        expected = model(torch.tensor([text.tokens[:-1]]))[0].log_softmax(-1)
+    assert len(text.scores) == len(text.tokens) - 1
+    for (logprob, best), token, logprobs in zip(text.scores, text.tokens[1:], expected, strict=True):
+        assert logprob == pytest.approx(logprobs[token].item(), abs=1e-3)
+        assert list(best) == logprobs.topk(2).indices.tolist()
+        assert best == pytest.approx({each: logprobs[each].item() for each in best}, abs=1e-3)
+
+
+def test_a_prompt_of_tokens_is_that_of_their_text(model: GPT2Model) -> None:
+    texts = [text_of("One nation"), Request(GPT2.encode("One nation"), text_of("a").settings, GPT2)]
+    first, second = Engine(model, 16).generate_all(texts)
+    assert first == second and texts[1].prompt == "One nation"

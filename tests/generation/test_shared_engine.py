@@ -42,6 +42,13 @@ def test_a_text_that_is_not_read_on_is_not_written_on(engine: SharedEngine) -> N
     assert text.finished
 
 
+def test_a_text_that_nobody_begins_to_read_is_cancelled(engine: SharedEngine) -> None:
+    text = text_of("The war", 2**31 - 1)
+    engine.submit([text])[0].close()
+    [other] = engine.submit([text_of("One nation", 2)])
+    assert len("".join(other)) > 0 and text.finished
+
+
 def test_what_breaks_a_text_reaches_its_reader_and_the_next_is_tried_anew(
     engine: SharedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

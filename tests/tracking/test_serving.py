@@ -1,5 +1,6 @@
 """The model as MLflow loads it, without a registry or a server; the pipeline's tests ask a real server."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import mlflow
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
-from mlflow.pyfunc import PyFuncModel
+from mlflow.models.utils import _enforce_schema
+from mlflow.pyfunc import PyFuncModel, scoring_server
+from mlflow.types import ColSpec, DataType, Schema
 
 from gpt2.config import ModelConfig
 from gpt2.data.tokenizer import VOCAB_SIZE, gpt2_tokenizer, load_tokenizer
@@ -21,7 +24,7 @@ from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, save_model
 from gpt2.tracking import serving
 from gpt2.tracking.logged_models import SIGNATURE
-from gpt2.tracking.serving import TextGenerator, refuse_unknown_params
+from gpt2.tracking.serving import TextGenerator, refuse_unknown_names
 
 PROMPTS = pd.DataFrame({"prompt": ["The war", "One nation"]})
 
@@ -128,9 +131,76 @@ def test_unknown_params_are_refused_whatever_is_logged(served: PyFuncModel, capl
         texts(served, temperatur=1.0)
 
 
-def test_another_models_unknown_params_are_left_to_mlflow() -> None:
+def test_another_models_unknown_names_are_left_to_mlflow(served: PyFuncModel) -> None:
     message = "Unrecognized params ['a'] are ignored for inference. Supported params are: {'b'}. To enable them, ..."
-    assert refuse_unknown_params(logging.makeLogRecord({"msg": message}))
+    assert refuse_unknown_names(logging.makeLogRecord({"msg": message}))
+    schema = Schema([ColSpec(DataType.string, "text")])
+    assert list(_enforce_schema(pd.DataFrame({"text": ["a"], "more": ["b"]}), schema).columns) == ["text"]
+
+
+def invoke(served: PyFuncModel, body: Any, content_type: str = "application/json") -> Any:
+    """What MLflow's server answers, without its address."""
+    data = body if isinstance(body, str) else json.dumps(body)
+    return json.loads(scoring_server.invocations(data, content_type, served, SIGNATURE.inputs).response)
+
+
+SHAPES: list[dict[str, Any]] = [
+    {"inputs": ["The war"]},
+    {"inputs": [["The war"]]},
+    {"inputs": {"prompt": "The war"}},
+    {"inputs": {"prompt": ["The war"]}},
+    {"inputs": [{"prompt": "The war"}]},
+    {"instances": ["The war"]},
+    {"instances": [{"prompt": "The war"}]},
+    {"dataframe_split": {"columns": ["prompt"], "data": [["The war"]]}},
+    {"dataframe_records": [{"prompt": "The war"}]},
+]
+
+
+@pytest.mark.parametrize("inputs", SHAPES, ids=json.dumps)
+def test_mlflows_server_takes_each_shape_and_refuses_mistyped_names_in_it(
+    served: PyFuncModel, inputs: dict[str, Any]
+) -> None:
+    params = {"max_tokens": 4}
+    [text, _] = texts(served, **params)
+    assert invoke(served, inputs | {"params": params}) == {"predictions": [{"text": text}]}
+    for mistake, name in (
+        ({"params": {"max_token": 4}}, "max_token"),
+        ({"param": params}, "param"),
+        (params, "max_tokens"),
+    ):
+        with pytest.raises(MlflowException, match=rf"\['{name}'\]") as caught:
+            invoke(served, inputs | mistake)
+        assert caught.value.get_http_status_code() == 400
+
+
+def test_mlflows_server_takes_params_beside_a_prompt_and_csv(served: PyFuncModel) -> None:
+    [text, other] = texts(served, max_tokens=4)
+    assert invoke(served, {"prompt": "The war", "max_tokens": 4}) == [{"text": text}]
+    assert invoke(served, {"prompt": ["The war", "One nation"], "max_tokens": 4}) == [{"text": text}, {"text": other}]
+    [default, _] = texts(served)
+    assert invoke(served, "prompt\nThe war\n", "text/csv") == {"predictions": [{"text": default}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("Hi", "valid JSON"),
+        ('"Hi"', "must be a JSON dictionary"),
+        (["Hi"], "must be a JSON dictionary"),
+        ({"inputs": "Hi"}, r"missing inputs \['prompt'\]"),
+        ({"inputs": {"text": ["Hi"]}}, r"missing inputs \['prompt'\]"),
+        ({"inputs": {"prompt": ["Hi"], "max_tokens": [4]}}, r"unknown inputs \['max_tokens'\] beside prompt"),
+        ({"dataframe_records": [{"prompt": "Hi", "seed": 1}]}, r"unknown inputs \['seed'\] beside prompt"),
+        ({"prompt": "Hi", "max_token": 4}, r"unknown inputs \['max_token'\] beside prompt; .*'max_tokens'"),
+        ({"prompt": "Hi", "params": {"max_tokens": 4}}, r"unknown inputs \['params'\] beside prompt"),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, r"missing inputs \['prompt'\]"),
+    ],
+)
+def test_what_mlflows_server_does_not_take_has_a_reason(served: PyFuncModel, body: Any, words: str) -> None:
+    with pytest.raises(MlflowException, match=words) as caught:
+        invoke(served, body)
+    assert caught.value.get_http_status_code() == 400
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("", "the prompt is empty"), (None, "a prompt is no text")])

@@ -109,17 +109,17 @@ def _read(file: Path) -> Tokenizer:
 
 
 class TextStream:
-    """Text from tokens one by one, each character as soon as it is whole, up to a stop string if there is one."""
+    """Text from tokens one by one, each character as soon as it is whole, up to the first of the stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, *stops: str) -> None:
         self.stopped = False
         self._encoding = tokenizer.encoding
-        self._stop = stop
-        self._held = ""  # what may be the beginning of the stop string
+        self._stops = stops
+        self._held = ""  # what may be the beginning of a stop string
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Return what can be shown now; nothing that stands after the stop string, nor it itself."""
+        """Return what can be shown now; nothing that stands after a stop string, nor it itself."""
         return self._show(self._decoder.decode(self._encoding.decode_single_token_bytes(token)))
 
     def finish(self) -> str:
@@ -127,14 +127,14 @@ class TextStream:
         return self._show(self._decoder.decode(b"", final=True)) + ("" if self.stopped else self._held)
 
     def _show(self, text: str) -> str:
-        if self._stop is None or self.stopped:
+        if not self._stops or self.stopped:
             return "" if self.stopped else text
         text = self._held + text
-        before, found, _ = text.partition(self._stop)
-        if found:
+        if found := [text.index(stop) for stop in self._stops if stop in text]:
             self.stopped = True
-            return before
-        longest = min(len(self._stop) - 1, len(text))
-        held = next(n for n in range(longest, -1, -1) if text.endswith(self._stop[:n]))
+            return text[: min(found)]
+        longest = min(max(map(len, self._stops)) - 1, len(text))
+        ends = ((n, text[len(text) - n :]) for n in range(longest, 0, -1))
+        held = next((n for n, end in ends if any(stop.startswith(end) for stop in self._stops)), 0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -8,7 +8,7 @@ longer prompt the last ones; when a text has filled the context, its later half 
 import secrets
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ from gpt2.data.batches import SeenMask
 from gpt2.data.tokenizer import TextStream, Tokenizer
 from gpt2.generation.decoder import Decoder
 from gpt2.generation.linear import Quantization
-from gpt2.generation.sampling import draw
+from gpt2.generation.sampling import draw, score
 from gpt2.model.gpt2 import GPT2Model
 
 MAX_SLOTS = 16  # texts written at once
@@ -37,28 +37,41 @@ class GenerationSettings(SamplingParams):
 
 
 class Request:
-    """A prompt with its settings, and the text that follows it so far.
+    """A prompt, as text or as tokens, with its settings, and the text that follows it so far.
 
-    Raises UserError if the prompt is empty or not UTF-8 text.
+    The text ends before the first of `stops` too. With `logprobs`, `scores` has for each token that follows the prompt
+    its log probability and those of so many most likely ones, by the model alone: settings do not change them. With
+    `scores_prompt`, the prompt's tokens but for the first come before. Raises UserError if the prompt is empty, not
+    UTF-8 text, or has a token that the tokenizer does not.
     """
 
-    def __init__(self, prompt: str, settings: GenerationSettings, tokenizer: Tokenizer) -> None:
-        if not prompt.strip():
-            raise UserError("the prompt is empty")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise UserError("the prompt is not UTF-8 text") from None
-        self.prompt, self.settings = prompt, settings
+    def __init__(
+        self,
+        prompt: str | list[int],
+        settings: GenerationSettings,
+        tokenizer: Tokenizer,
+        stops: Iterable[str] = (),
+        logprobs: int | None = None,
+        scores_prompt: bool = False,
+    ) -> None:
+        self.tokens = _read(prompt, tokenizer)  # and those generated since
+        self.prompt = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        self.settings, self.scores_prompt = settings, scores_prompt
         self.seed = secrets.randbelow(2**31) if settings.seed is None else settings.seed
-        self.tokens = tokenizer.encode(prompt)  # and those generated since
         self.generated = 0  # tokens
         self.finished = False
         self.cancelled = False  # by its reader; then it finishes at the next token, or before its first
         self.context_start: int | None = None  # the model sees the tokens from here on
+        self.scores: list[tuple[float, dict[int, float]]] = []
+        self._logprobs = logprobs
         self._generator = torch.Generator().manual_seed(self.seed)
         self._end_of_text = tokenizer.end_of_text_id
-        self._stream = TextStream(tokenizer, settings.stop)
+        self._stream = TextStream(tokenizer, *([settings.stop] if settings.stop else []), *stops)
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]:
+        """Why the text ended: what it wrote, or max_tokens."""
+        return "length" if self.generated == self.settings.max_tokens and not self._stream.stopped else "stop"
 
     def add_token(self, logits: Tensor) -> str:
         """Add a token drawn from logits (V,); return what of the text can be shown now."""
@@ -66,11 +79,38 @@ class Request:
         if token == self._end_of_text or self.cancelled:
             self.finished = True
             return self._stream.finish()
+        if self._logprobs is not None:
+            self.scores += score(logits[None], [token], self._logprobs)
         self.tokens.append(token)
         self.generated += 1
         shown = self._stream.push(token)
         self.finished = self._stream.stopped or self.generated == self.settings.max_tokens
         return shown + self._stream.finish() if self.finished else shown
+
+    def score_prompt(self, logits: Tensor) -> None:
+        """Score the prompt's tokens (T,) but for the first, from the logits before each (T - 1, V)."""
+        self.scores += score(logits, self.tokens[1:], self._logprobs or 0)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise UserError if a text cannot be a prompt."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not UTF-8 text") from None
+
+
+def _read(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
+    if isinstance(prompt, str):
+        check_prompt(prompt)
+        return tokenizer.encode(prompt)
+    if not prompt:
+        raise UserError("the prompt is empty")
+    if unknown := [token for token in prompt if not 0 <= token < tokenizer.vocab_size]:
+        raise UserError(f"the prompt's token {unknown[0]} is not one of the model's {tokenizer.vocab_size:,}")
+    return list(prompt)
 
 
 class Engine:
@@ -122,6 +162,8 @@ class Engine:
         for slot, request in enumerate(running):
             if request.context_start is None:
                 request.context_start = max(0, len(request.tokens) - self.max_len)
+                if request.scores_prompt:
+                    self._score_prompt(slot, request)
             elif len(request.tokens) - request.context_start > self.max_len:
                 request.context_start = len(request.tokens) - max(1, self.max_len // 2)
             else:
@@ -132,3 +174,9 @@ class Engine:
             return self._decoder.prefill(new).cpu()
         logits = self._decoder.step([request.tokens[-1] for request in running], positions).cpu()
         return logits.index_copy(0, torch.tensor(list(new)), self._decoder.prefill(new).cpu()) if new else logits
+
+    @torch.inference_mode()
+    def _score_prompt(self, slot: int, request: Request) -> None:
+        """Read the prompt for all of its logits; it is read again for the text."""
+        [hidden_states] = self._decoder.prefill_hidden_states({slot: request.tokens})  # (T, C)
+        request.score_prompt(self._decoder.logits(hidden_states[:-1]).cpu())

@@ -65,3 +65,14 @@ def draw(logits: Tensor, setting: SamplingParams, generator: torch.Generator, te
     sums = logits.double().exp().cumsum(-1)
     chosen = torch.searchsorted(sums, sums[-1] * (1 - torch.rand((), dtype=torch.double, generator=generator)))
     return int(chosen if tokens is None else tokens[chosen])
+
+
+def score(logits: Tensor, tokens: Sequence[int], most_likely: int) -> list[tuple[float, dict[int, float]]]:
+    """Return the log probability of each token (N,) by logits (N, V), and those of so many most likely ones."""
+    total = logits.logsumexp(-1, keepdim=True)
+    found = (logits.gather(-1, torch.tensor(tokens, dtype=torch.long).unsqueeze(-1)) - total).squeeze(-1).tolist()
+    best, order = logits.topk(most_likely)
+    return [
+        (logprob, dict(zip(row, values, strict=True)))
+        for logprob, row, values in zip(found, order.tolist(), (best - total).tolist(), strict=True)
+    ]

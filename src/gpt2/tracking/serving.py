@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import scoring_server
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from gpt2.config import check
@@ -21,6 +23,8 @@ from gpt2.model.weights import load_model
 NULLS = {"top_k": 0, "top_p": 0.0, "min_p": 0.0, "stop": ""}  # which stand for none, as a schema has no null
 # MLflow's server then answers that the request took too long, but does not stop the work.
 REQUEST_SECONDS = float(os.environ.get("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", threading.TIMEOUT_MAX))
+FIELDS = scoring_server.SUPPORTED_FORMATS | {"params"}
+split_data_and_params = scoring_server._split_data_and_params
 
 
 class TextGenerator(PythonModel):
@@ -37,13 +41,15 @@ class TextGenerator(PythonModel):
         self.engine = SharedEngine(Engine(model, MAX_SLOTS, seen))
         logger = logging.getLogger("mlflow.models.utils")
         logger.setLevel(logging.WARNING)
-        logger.addFilter(refuse_unknown_params)
+        logger.addFilter(refuse_unknown_names)
+        scoring_server._split_data_and_params = refuse_unknown_fields
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """Return the text that follows each prompt, one row each."""
-        requests = self._requests(list(model_input["prompt"]), params)
+        rows = (row if isinstance(row, list) else [row] for row in model_input["prompt"])
+        requests = self._requests([prompt for row in rows for prompt in row], params)
         try:
             return pd.DataFrame({"text": ["".join(parts) for parts in self.engine.submit(requests, REQUEST_SECONDS)]})
         finally:
@@ -68,10 +74,29 @@ class TextGenerator(PythonModel):
             raise MlflowException.invalid_parameter_value(str(error)) from None
 
 
-def refuse_unknown_params(record: logging.LogRecord) -> bool:
-    """Raise MlflowException where MLflow would only warn of params that the signature does not have."""
+def refuse_unknown_names(record: logging.LogRecord) -> bool:
+    """Raise MlflowException where MLflow would only warn of inputs or params that the signature does not have."""
     message = record.getMessage()
     if "Unrecognized params" in message and all(f"'{name}'" in message for name in GenerationSettings.model_fields):
         told = message.replace(" are ignored for inference", "").partition(" To enable them")[0]
         raise MlflowException.invalid_parameter_value(told)
+    if "Found extra inputs" in message and _expected_inputs() == ["prompt"]:
+        extra, known = message.split("`")[1], list(GenerationSettings.model_fields)
+        raise MlflowException.invalid_parameter_value(f"Found unknown inputs {extra} beside prompt; params are {known}")
     return True
+
+
+def _expected_inputs() -> list[str]:
+    """Return the inputs that MLflow is looking for, of whatever model: its warning does not tell."""
+    frame = sys._getframe()
+    while "input_schema" not in frame.f_locals and frame.f_back:
+        frame = frame.f_back
+    schema = frame.f_locals.get("input_schema")
+    return schema.input_names() if schema else []
+
+
+def refuse_unknown_fields(body: str | dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Raise MlflowException where MLflow's server would drop a field of a request without a word."""
+    if unknown := sorted(scoring_server._decode_json_input(body).keys() - FIELDS):
+        raise MlflowException.invalid_parameter_value(f"Found unknown fields {unknown} beside {sorted(FIELDS)}")
+    return split_data_and_params(body)
