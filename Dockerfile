@@ -6,10 +6,7 @@
 # Without an NVIDIA GPU, drop --gpus all. The volume keeps the results, and the code that they were made with: after a
 # new build, start with a new volume (docker volume rm gpt2). Your own clone may take its place, as you:
 #   docker run -it --user "$(id -u):$(id -g)" -v "$PWD":/project gpt2
-# Ctrl-C and docker stop save a training. Arguments of the build:
-#   --build-arg PIP_EXTRA_INDEX_URL=...                  an index of CPU builds of torch: an image without CUDA's libraries
-#   --build-arg REQUIREMENTS=tests/requirements.txt      the tests' packages too
-#   --build-arg PACKAGES="..."                           more packages, such as those for shared storage
+# Ctrl-C and docker stop save a training. compose.yaml runs it beside a team's servers, with health checks.
 FROM python:3.11-slim-bookworm
 
 # Any user may run the image, also one that has no name and no home in it, and with a root file system that is read-only
@@ -28,8 +25,11 @@ RUN apt-get update \
     && git config --system safe.directory '*' \
     && install --directory --owner 1000 --group 1000 --mode 777 /project
 
-# The packages change less often than the code, so their layer comes first.
-ARG PIP_EXTRA_INDEX_URL REQUIREMENTS=requirements.txt PACKAGES=""
+# The packages change less often than the code, so their layer comes first. PIP_EXTRA_INDEX_URL may name an index of CPU
+# builds of torch, for an image without CUDA's libraries, REQUIREMENTS may be tests/requirements.txt, for the tests too.
+ARG PIP_EXTRA_INDEX_URL
+ARG REQUIREMENTS=requirements.txt
+ARG PACKAGES=""
 COPY requirements.txt /tmp/requirements.txt
 COPY tests/requirements.txt /tmp/tests/requirements.txt
 # hadolint ignore=SC2086
