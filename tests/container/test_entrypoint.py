@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-COMMAND = ["sh", Path(__file__).resolve().parents[2] / ".docker/entrypoint"]
+COMMAND = ["sh", str(Path(__file__).resolve().parents[2] / ".docker/entrypoint")]
 
 pytestmark = pytest.mark.skipif(not shutil.which("flock"), reason="flock is part of Linux")
 

@@ -9,8 +9,7 @@ import os
 import re
 import signal
 import subprocess
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -18,6 +17,7 @@ import pytest
 from pipeline.helpers import TINY
 
 ENGINE, _, IMAGE = os.environ.get("GPT2_IMAGE", "").partition(":")
+NAME = f"gpt2-test-{os.getpid()}"
 USER = "1234"  # whom the image does not know
 # A tiny pipeline, and DVC's lock file as process 1 of a killed container has left it.
 PREPARE = f"""
@@ -38,51 +38,45 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not IMAGE, reason="GPT2_IMAGE names no image (building one takes minutes)"),
 ]
-Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Start a command in a container; all containers share the project's volume."""
-    name = f"gpt2-test-{uuid.uuid4().hex[:8]}"
+def command() -> Iterator[list[str]]:
+    """What runs the words after it in a container; all containers of a test share the project's volume, called NAME."""
     if ENGINE == "docker":
-        options = ["--rm", "--name", name, "--user", USER, "--read-only", "--tmpfs", "/tmp", "-v", f"{name}:/project"]
-        command = ["docker", "run", *options, IMAGE]
+        options = ["--rm", "--name", NAME, "--user", USER, "--read-only", "--tmpfs", "/tmp", "-v", f"{NAME}:/project"]
+        command, remove = ["docker", "run", *options, IMAGE], ["docker", "volume", "rm", "--force"]
     else:
-        subprocess.run(["buildah", "from", "--pull-never", "--name", name, IMAGE], check=True)
-        described = subprocess.run(["buildah", "inspect", name], check=True, capture_output=True, text=True).stdout
+        subprocess.run(["buildah", "from", "--pull-never", "--name", NAME, IMAGE], check=True)
+        described = subprocess.run(["buildah", "inspect", NAME], check=True, capture_output=True, text=True).stdout
         entrypoint = json.loads(described)["OCIv1"]["config"]["Entrypoint"]
-        command = ["buildah", "run", "--isolation", "chroot", "--user", USER, name, "--", *entrypoint]
-    yield lambda *arguments: subprocess.Popen(
-        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    subprocess.run(
-        ["docker", "volume", "rm", "--force", name] if ENGINE == "docker" else ["buildah", "rm", name], check=True
-    )
+        command = ["buildah", "run", "--isolation", "chroot", "--user", USER, NAME, "--", *entrypoint]
+        remove = ["buildah", "rm"]
+    yield command
+    subprocess.run([*remove, NAME], check=True)
 
 
 def stop(process: subprocess.Popen[str]) -> str:
     """Stop a container as `docker stop` does; return what is left of its output."""
     if ENGINE == "docker":
-        name = process.args[process.args.index("--name") + 1]
-        subprocess.run(["docker", "stop", "--time", "60", name], check=True)
-    else:  # what the image names as its signal goes to its first process
+        subprocess.run(["docker", "stop", "--time", "60", NAME], check=True)
+    else:  # the image's STOPSIGNAL, to the container's first process
         children = psutil.Process(process.pid).children(recursive=True)
         (tini,) = [child for child in children if child.name() == "tini"]
         tini.send_signal(signal.SIGINT)
-    return process.communicate(timeout=120)[0]
+    return process.communicate(timeout=60)[0]
 
 
-def test_a_stopped_pipeline_is_completed_by_the_next_container(start: Start) -> None:
-    assert start("python", "-c", PREPARE).wait(120) == 0
-    stopped = start("dvc", "repro")
-    assert stopped.stdout
-    for line in stopped.stdout:
-        if re.match(r"train +\d+/300", line):  # the lock file of process 1 has not made it wait
-            break
-    output = stop(stopped)
-    (step,) = re.findall(r"stopped after step (\d+), which is saved", output)
-    completed = start("dvc", "repro").communicate(timeout=600)[0]
-    assert f"resuming after step {step}, from" in completed and "gpt2 version 1 is champion" in completed
-    texts, _ = start("python", "src/infer.py", "--prompt", "Roses", "--max_tokens", "5").communicate(timeout=120)
-    assert "models:/gpt2@champion: GPT-2" in texts and "5 tokens in" in texts
+def test_a_stopped_pipeline_is_completed_by_the_next_container(command: list[str]) -> None:
+    def run(*words: str) -> str:
+        return subprocess.run([*command, *words], check=True, stdout=subprocess.PIPE, text=True, timeout=600).stdout
+
+    run("python", "-c", PREPARE)
+    started = subprocess.Popen([*command, "dvc", "repro"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert started.stdout
+    found = next((line for line in started.stdout if re.match(r"train +\d+/300", line)), None)
+    assert found  # the lock of process 1 has not refused it
+    (step,) = re.findall(r"stopped after step (\d+), which is saved", stop(started))
+    output = run("dvc", "repro")
+    assert f"resuming after step {step}, from" in output and "gpt2 version 1 is champion" in output
+    assert "Roses" in run("python", "src/infer.py", "--prompt", "Roses", "--max_tokens", "5")

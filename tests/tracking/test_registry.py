@@ -9,6 +9,7 @@ import pytest
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
 from gpt2.config import ModelConfig
+from gpt2.core.paths import ROOT
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import save_model
@@ -123,7 +124,7 @@ def test_a_version_and_its_logged_model_show_the_results_of_the_run(
             describe(made, Card("Perplexity 117.0", shown, "A body", "A sample"), "champion")
     found = client.get_model_version("shown", "1")
     assert list(found.tags) == ["val_perplexity", MODEL_SHA256, PROJECT_VERSION, TEST_LOSS, RUN_ID]
-    pyproject = (registry.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'\nversion = "{found.tags[PROJECT_VERSION]}"\n' in pyproject
     assert str(found.description).startswith("Perplexity 117.0\n\nA body")
     assert "champion" in str(client.get_registered_model("shown").description)
