@@ -10,6 +10,7 @@ import pytest
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
 from gpt2.config import ModelConfig
+from gpt2.core.paths import ROOT
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import save_model
@@ -19,7 +20,7 @@ from gpt2.tracking.card import Card, describe
 from gpt2.tracking.logged_models import MODEL_SHA256, SIGNATURE
 from gpt2.tracking.named_models import load_parent
 from gpt2.tracking.provenance import reproduction
-from gpt2.tracking.registry import RUN_ID, TEST_LOSS, fetch_model, logged_model_of
+from gpt2.tracking.registry import PROJECT_VERSION, RUN_ID, TEST_LOSS, fetch_model, logged_model_of
 from gpt2.tracking.runs import PARENT
 from gpt2.tracking.store import open_store
 
@@ -131,7 +132,9 @@ def test_a_version_and_its_logged_model_show_the_results_of_the_run(
             made = registry.register("shown", run, {MODEL_SHA256: digest}, {TEST_LOSS: "4.0"}, shown)
             describe(made, Card("Perplexity 117.0", shown, "A body", "A sample"), "champion")
     found = client.get_model_version("shown", "1")
-    assert list(found.tags) == ["val_perplexity", MODEL_SHA256, TEST_LOSS, RUN_ID]
+    assert list(found.tags) == ["val_perplexity", MODEL_SHA256, PROJECT_VERSION, TEST_LOSS, RUN_ID]
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'\nversion = "{found.tags[PROJECT_VERSION]}"\n' in pyproject
     assert str(found.description).startswith("Perplexity 117.0\n\nA body")
     assert "champion" in str(client.get_registered_model("shown").description)
     model = client.get_logged_model(str(logged_model_of(found)))

@@ -1,6 +1,7 @@
 """Models in MLflow's registry: a version for each set of weights. Which one is the champion: see champion.py."""
 
 import re
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from mlflow.utils.file_utils import get_local_path_or_none
 
 from gpt2.core.errors import NoModelError, UserError
 from gpt2.core.files import atomic_write, file_lock
-from gpt2.core.paths import LINEAGE, MODEL, PARAMS, TOKENS, main_root
+from gpt2.core.paths import LINEAGE, MODEL, PARAMS, ROOT, TOKENS, main_root
 from gpt2.model.weights import WEIGHTS, load_model, read_config
 from gpt2.tracking.logged_models import EXAMPLE, MODEL_SHA256, NO_STEP, log_model, models_of
 from gpt2.tracking.runs import SYSTEM_METRICS
@@ -25,6 +26,7 @@ from gpt2.training.history import CURVES
 
 TEST_LOSS = "gpt2.test_loss"
 RUN_ID = "gpt2.run_id"  # MLflow's own link to a version's run cannot be changed when that run is deleted
+PROJECT_VERSION = "gpt2.project_version"  # of the code that registered a version
 DOCUMENTS = TOKENS / "documents.csv"
 NOT_THERE = tuple(map(ErrorCode.Name, (RESOURCE_DOES_NOT_EXIST, INVALID_PARAMETER_VALUE)))
 
@@ -46,7 +48,9 @@ def register(
         if version is None:
             model_name = re.sub("""[/:.%"']""", "-", str(run.info.run_name))  # which MLflow allows in no model's name
             logged = log_model(model_name, [MODEL, LINEAGE, PARAMS, DOCUMENTS], NO_STEP, model_sha256, EXAMPLE)
-            version = mlflow.register_model(logged.model_uri, name, tags=shown | made_from)
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            tags = shown | made_from | {PROJECT_VERSION: project["version"]}
+            version = mlflow.register_model(logged.model_uri, name, tags=tags)
         for key, value in (shown | measured | {RUN_ID: run.info.run_id}).items():
             client.set_model_version_tag(name, version.version, key, value)
         version = client.get_model_version(name, version.version)
