@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -177,10 +178,6 @@ def is_transposed(theirs: str, kind: str) -> bool:
 
 def _download(name: str) -> Path:
     """Return the folder in the hub's cache that holds a model's configuration and weights. Raises UserError."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"{name} is no folder, and to read the hub takes `pip install huggingface_hub`") from None
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except (OSError, ValueError) as error:  # offline, not there, or no name that the hub could have
