@@ -1,15 +1,16 @@
 #   docker build -t gpt2 .
 #   docker run -it --gpus all --stop-timeout 60 -v gpt2:/project gpt2                    # dvc repro
 #   docker run -it --gpus all -v gpt2:/project gpt2 python src/infer.py
-#   docker run -it -p 5000:5000 -v gpt2:/project gpt2 mlflow ui --host 0.0.0.0           # http://localhost:5000
+#   docker run -it -p 5000:5000 -v gpt2:/project gpt2 mlflow ui --host 0.0.0.0
 #   docker run -it -p 8000:8000 -v gpt2:/project gpt2 python src/serve.py --host 0.0.0.0
 # Without an NVIDIA GPU, drop --gpus all. The volume keeps the results, and the code that they were made with: after a
 # new build, start with a new volume (docker volume rm gpt2). Your own clone may take its place, as you:
 #   docker run -it --user "$(id -u):$(id -g)" -v "$PWD":/project gpt2
+# To reach `mlflow ui` by a name other than localhost, give it --allowed-hosts NAME:5000.
 # Ctrl-C and docker stop save a training. compose.yaml runs it beside a team's servers, with health checks.
 FROM python:3.11-slim-bookworm
 
-# Any user may run the image, also one that has no name and no home in it, and with a root file system that is read-only
+# Any user may run the image, also one whom it does not know, and with a root file system that is read-only
 # (--read-only --tmpfs /tmp).
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/venv/bin:$PATH \
     USER=gpt2 HOME=/tmp DVC_SITE_CACHE_DIR=/project/.cache/dvc
@@ -23,6 +24,7 @@ RUN apt-get update \
     && git config --system user.email gpt2@localhost \
     && git config --system init.defaultBranch main \
     && git config --system safe.directory '*' \
+    && useradd --uid 1000 --home-dir /tmp gpt2 \
     && install --directory --owner 1000 --group 1000 --mode 777 /project
 
 # The packages change less often than the code, so their layer comes first. PIP_EXTRA_INDEX_URL may name an index of CPU
