@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from gpt2.config import PrepareParams
 from gpt2.core.errors import UserError
-from gpt2.data.hugging_face import PREFIX, open_dataset, read_rows
+from gpt2.data.huggingface import PREFIX, open_dataset, read_rows
 from gpt2.data.readers import READERS, format_of, read_file, read_text, reader_of
 from gpt2.data.splits import SPLITS
 
