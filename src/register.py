@@ -13,7 +13,7 @@ os.environ.update(MLFLOW_DEFAULTS | os.environ)
 from gpt2.config import Params, champion_uri, load_params
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.errors import UserError
-from gpt2.core.files import read_json, write_json
+from gpt2.core.files import read_json, sha256_of, write_json
 from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, RECEIPT, REPORT, SAMPLES, TOKENS
 from gpt2.model.weights import read_config, short_name
 from gpt2.tracking.card import describe, read_card
@@ -21,7 +21,7 @@ from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, choo
 from gpt2.tracking.lineage import Lineage, checkpoint_folder, differences
 from gpt2.tracking.logged_models import MODEL_SHA256
 from gpt2.tracking.provenance import provenance
-from gpt2.tracking.registry import TEST_LOSS, register, verify
+from gpt2.tracking.registry import TEST_LOSS, register, unchanged_parent, uri_of, verify
 from gpt2.tracking.runs import lineage_tags, mirror_run
 from gpt2.tracking.store import charts_address, repair
 from gpt2.training.checkpoints import Checkpoints
@@ -64,9 +64,12 @@ def register_results() -> None:
         raise UserError(f"the results cannot be read ({error!r}); run `dvc repro`") from None
     name, alias = params.register_.name, params.register_.alias
     with mirror_run(params, lineage, made_from[MODEL_SHA256]) as run:
-        version = register(name, run, made_from, measured, card.tags)
-        verdict = choose_champion(version, params)
-        describe(version, card, alias)
+        if parent := unchanged_parent(made_from):  # which stays what it is
+            verdict = f"training improved nothing: these are the weights of {uri_of(parent)}, from which it started"
+        else:
+            version = register(name, run, made_from, measured, card.tags)
+            verdict = choose_champion(version, params)
+            describe(version, card, alias)
         charts = charts_address(run.info.experiment_id)
     print(f"run {run.info.run_name}: {run.info.run_id}")
     print(f"charts of all runs: {charts}")
@@ -92,6 +95,8 @@ def check_parameters(params: Params, lineage: Lineage) -> None:
     for stage, result in (("evaluate", evaluated), ("sample", sampled)):
         if result["model"] != short_name(MODEL):
             raise UserError(f"the results of stage {stage} are not of the model in {MODEL}; run `dvc repro`")
+    if lineage["files"]["data/tokens/meta.json"] != sha256_of(TOKENS / "meta.json"):
+        raise UserError(f"the model in {MODEL} was trained on other tokens than those in {TOKENS}; run `dvc repro`")
 
 
 def measured_tags() -> dict[str, str]:

@@ -45,8 +45,8 @@ def _preset(value: Any) -> Any:
 def _init_from(name: str) -> str:
     parts = Path(name).parts
     is_file = parts[:2] == ("data", "pretrained") and len(parts) > 2 and ".." not in parts
-    if not is_file and not re.match("(hf:|models:/|runs:/).", name):
-        raise ValueError("should be null, begin with models:/, runs:/ or hf:, or lie below data/pretrained")
+    if not is_file and not re.fullmatch(r"(models:/|runs:/).+|hf:[\w.-]+(/[\w.-]+)?(@[0-9a-f]{40})?", name):
+        raise ValueError("should be null, like models:/gpt2/2, runs:/ID/model or hf:NAME, or lie below data/pretrained")
     return name
 
 

@@ -118,6 +118,11 @@ def test_files_named_as_splits_are_those(tmp_path: Path, val: str) -> None:
     }
 
 
+def test_a_lone_file_is_split_whatever_its_name(tmp_path: Path) -> None:
+    write_files(tmp_path, "test.txt")
+    assert splits("test.txt", tmp_path) == {"test.txt": None}
+
+
 def test_given_splits_are_honoured(tmp_path: Path, error_line: ErrorLine) -> None:
     write_files(tmp_path, "a.txt", "b.txt", "held/out.txt", "train.txt")
     assert splits(".", tmp_path, splits={"test": "held/*", "val": "b*"}) == {

@@ -93,6 +93,14 @@ def test_lone_text_is_cut_at_line_ends(split: Split, text: str) -> None:
     assert len(parts) == min(100, text.count("\n") + (not text.endswith("\n")))
 
 
+def test_a_text_that_is_given_for_test_is_not_cut_and_trained_on(split: Split) -> None:
+    others = LINES.replace("1", "one")
+    documents, left_out, _ = split([(LINES, "train"), (others, "train"), (LINES, "test")], 0.1, 0.1)
+    sizes = sizes_of(documents)
+    assert (sizes["test"], sizes["train"] + sizes["val"]) == (len(LINES.encode()), len(others.encode()))
+    assert left_out["equal to one of another split"] == 1
+
+
 def test_sections_are_of_about_equal_size_and_named_by_their_bytes(split: Split) -> None:
     documents, _, _ = split([LINES], 0.05, 0.05)
     sizes = [one.size for one in documents]

@@ -21,8 +21,8 @@ from gpt2.model.weights import save_model
 from gpt2.tracking import champion
 from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, VERDICT, choose_champion, promote
 from gpt2.tracking.logged_models import MODEL_SHA256
-from gpt2.tracking.registry import TEST_LOSS, fetch_model
-from gpt2.tracking.runs import PARENT_SHA256
+from gpt2.tracking.registry import TEST_LOSS, fetch_model, unchanged_parent
+from gpt2.tracking.runs import PARENT, PARENT_SHA256
 from gpt2.tracking.store import open_store
 
 WORDS = np.random.default_rng(1).choice(["the", "nations", "and", "people", "of", "one", "naïve", "state", "日本"], 90)
@@ -151,6 +151,22 @@ def test_nor_on_what_it_started_from_was_trained_on(registry: Registry) -> None:
     registry.client.set_registered_model_alias(registry.name, "champion", "1")
     said = registry.choose(registry.make(3, 3.8, **{PARENT_SHA256: first.tags[MODEL_SHA256]}))
     assert "version 5 is champion: validation loss 3.8000 is below the 5.0000 of version 1" in said
+
+
+def test_nor_where_what_it_started_from_is_not_known(registry: Registry) -> None:
+    registry.choose(registry.make(9, 5.0))
+    said = registry.choose(registry.make(1, 4.0, **{PARENT: "runs:/5/step-3", PARENT_SHA256: "5" * 64}))
+    assert "version 2 is not champion: it cannot be compared with version 1 (what the model that it started" in said
+
+
+def test_a_version_whose_training_improves_nothing_stays_what_it_is(registry: Registry) -> None:
+    first = registry.make(9, 5.0)
+    made_from = {MODEL_SHA256: first.tags[MODEL_SHA256]}
+    assert unchanged_parent(made_from) is None  # the same training again
+    found = unchanged_parent(made_from | {PARENT_SHA256: first.tags[MODEL_SHA256]})
+    assert found and found.version == first.version
+    own = registry.make(8, 5.0, **{PARENT_SHA256: first.tags[MODEL_SHA256]})
+    assert unchanged_parent({MODEL_SHA256: own.tags[MODEL_SHA256], PARENT_SHA256: first.tags[MODEL_SHA256]}) is None
 
 
 @pytest.mark.parametrize(

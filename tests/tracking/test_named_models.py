@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from gpt2.config import ModelConfig
+from gpt2.core.paths import TOKENIZER_FILE
+from gpt2.data.tokenizer import load_tokenizer
+from gpt2.export.hf import write
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import save_model
 from gpt2.tracking import named_models
@@ -38,11 +41,15 @@ def test_equal_weights_have_one_sha256_wherever_they_come_from(
     model, config = make_model(random=True, **OPENAI), make_config(**OPENAI)
     asked = []
 
-    def load_huggingface(name: str) -> tuple[GPT2Model, ModelConfig]:
+    def load_huggingface(name: str) -> tuple[Path, GPT2Model, ModelConfig]:
         asked.append(name)
-        return model, config
+        return Path(name), model, config
 
-    monkeypatch.setitem(sys.modules, "gpt2.model.huggingface", SimpleNamespace(load_huggingface=load_huggingface))
+    monkeypatch.setitem(
+        sys.modules,
+        "gpt2.model.huggingface",
+        SimpleNamespace(load_huggingface=load_huggingface, TOKENIZER="tokenizer.json"),
+    )
     folder = root / "data/pretrained"
     (folder / "hub").mkdir(parents=True)
     (folder / "hub/config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 16}))
@@ -56,6 +63,21 @@ def test_equal_weights_have_one_sha256_wherever_they_come_from(
         next(iter(model.parameters())).add_(1)
     assert load_parent("hf:owner/gpt2").sha256 != digest
     assert load_named(str(folder / "ours")).config == config
+
+
+def test_a_folder_of_hugging_face_keeps_its_own_tokenizer(
+    tmp_path: Path,
+    bpe_file: Path,
+    make_model: Callable[..., GPT2Model],
+    make_config: Callable[..., ModelConfig],
+    error_line: ErrorLine,
+) -> None:
+    own = load_tokenizer(bpe_file)
+    model, config = make_model(vocab_size=own.vocab_size), make_config(vocab_size=own.vocab_size)
+    write(model, config, own.encoding, "", tmp_path / "hf")
+    assert load_named(str(tmp_path / "hf")).tokenizer.name == own.name
+    (tmp_path / "hf" / TOKENIZER_FILE).unlink()
+    assert "tokenizer.json is not GPT-2's tokenizer" in error_line(lambda: load_named(str(tmp_path / "hf")))
 
 
 def test_weights_that_are_not_there_or_not_tracked_are_told_so(root: Path, error_line: ErrorLine) -> None:

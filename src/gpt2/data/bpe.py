@@ -1,13 +1,12 @@
 """A vocabulary of the corpus's own: byte-level BPE (Sennrich et al. 2016), trained by the `tokenizers` library."""
 
-import base64
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from gpt2.core.errors import UserError
-from gpt2.core.files import write_text
+from gpt2.data.tokenizer import write_tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
@@ -30,4 +29,4 @@ def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
     order = sorted(range(256), key=lambda byte: byte == ord(" ") or not chr(byte).isprintable())
     byte_of = dict(zip(letters, order, strict=True))
     tokens = (bytes(byte_of[letter] for letter in token) for token in sorted(ids, key=ids.__getitem__))
-    write_text(file, "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    write_tokenizer(tokens, file)

@@ -141,7 +141,7 @@ def _files(params: PrepareParams, root: Path, left_out: Counter[str]) -> list[Pa
     parts = []
     for file in _find(base, root, _chooser(params, root), left_out):
         name = file.relative_to(base).as_posix() if file != base else file.name
-        split = _split_of(name, params.splits)
+        split = _split_of(name, params.splits) if file != base else None  # a lone file is split
         if split is None and params.splits and "train" in params.splits:
             left_out["files of no split"] += 1
             continue

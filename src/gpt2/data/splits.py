@@ -41,13 +41,15 @@ def split_documents(
     Equal documents are never in two splits. Raises UserError if a split is left without text, or would get far more
     than its fraction, and more than train.
     """
+    documents, left_out = _keep_equal_together(documents, params.deduplicate)
     fractions = {"test": params.test_fraction, "val": params.val_fraction}
     missing = {name: fraction for name, fraction in fractions.items() if all(one.split != name for one in documents)}
     pool = None if any(one.split is None for one in documents) else "train"  # the split of those to draw from
     if missing:
         piece = min(missing.values()) * sum(one.size for one in documents)
         documents = [part for one in documents for part in (_cut(one, file, piece) if one.split == pool else (one,))]
-    documents, left_out = _keep_equal_together(documents, params.deduplicate)
+        documents, equal = _keep_equal_together(documents, params.deduplicate)  # sections too
+        left_out += equal
     total, sizes = sum(one.size for one in documents), Counter[bytes]()
     for one in documents:
         if one.split == pool:

@@ -20,7 +20,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from gpt2.core.errors import UserError
-from gpt2.core.files import sha256_of
+from gpt2.core.files import sha256_of, write_text
 from gpt2.core.paths import TOKENIZER_FILE
 
 END_OF_TEXT = "<|endoftext|>"
@@ -95,6 +95,11 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
         owner = "its tokenizer's" if file.exists() else "GPT-2's"
         raise UserError(f"{path} has a vocabulary of {vocab_size}, not {owner} {tokenizer.vocab_size}")
     return tokenizer
+
+
+def write_tokenizer(tokens: Iterable[bytes], file: Path) -> None:
+    """Write the tokens of a vocabulary, all but <|endoftext|>, in the order of their ids, for load_tokenizer."""
+    write_text(file, "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
 
 
 def _read(file: Path) -> Tokenizer:

@@ -21,6 +21,7 @@ from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import CONFIG, shapes_only
 
 WEIGHTS = "model*.safetensors"  # one file, or model-00001-of-00002.safetensors and so on
+TOKENIZER = "tokenizer.json"
 LAYER_NORM_EPSILON = 1e-5  # as in PyTorch
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu"}
 # What the model here cannot do otherwise; a configuration that lacks one of them means this value.
@@ -49,10 +50,11 @@ BLOCK = {
 }
 
 
-def load_huggingface(name: str) -> tuple[GPT2Model, ModelConfig]:
-    """Return the GPT-2 in a local folder or of a name on the hub, float32 on the CPU, ready to generate.
+def load_huggingface(name: str) -> tuple[Path, GPT2Model, ModelConfig]:
+    """Return the folder and the GPT-2 of a local folder or of a name on the hub, float32 on the CPU, ready to generate.
 
-    Raises UserError if it is not there, broken, no GPT-2 in safetensors, or computes what the model here does not.
+    On the hub, name@commit is the state of that commit. Raises UserError if it is not there, broken, no GPT-2 in
+    safetensors, or computes what the model here does not.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -75,7 +77,7 @@ def load_huggingface(name: str) -> tuple[GPT2Model, ModelConfig]:
         raise UserError(f"{name} does not hold the weights of its {CONFIG}: {error}") from None
     if config.tie_weights:
         model.output_projection.weight = model.token_embedding.weight
-    return model.eval(), config
+    return folder, model.eval(), config
 
 
 def from_huggingface_config(raw: Any, where: str) -> ModelConfig:
@@ -178,8 +180,9 @@ def is_transposed(theirs: str, kind: str) -> bool:
 
 def _download(name: str) -> Path:
     """Return the folder in the hub's cache that holds a model's configuration and weights. Raises UserError."""
+    repository, _, commit = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(repository, revision=commit or None, allow_patterns=[CONFIG, WEIGHTS, TOKENIZER]))
     except (OSError, ValueError) as error:  # offline, not there, or no name that the hub could have
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name} is no folder, and cannot be had from the Hugging Face hub: {reason}") from None

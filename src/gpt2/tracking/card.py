@@ -92,7 +92,7 @@ Documents stay whole. The tokenizer is {_tokenizer(params.prepare)}.
 
 ## Recipe
 - Model: {_words(params.model.model_dump())}.
-- Training: {_words(params.train.model_dump())}.
+- Training: {_words(params.train.model_dump(exclude={"initialization"} if parent else None))}.
 {started}- {tokens:,} tokens seen, {tokens / splits["train"]["tokens"]:.2f} passes over the training split.
 - The weights are those of step {trained["kept_step"]:,} of {trained["steps"]:,}.
 - Made on {lineage["environment"]}{_commit(lineage)}.

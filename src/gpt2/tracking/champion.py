@@ -22,7 +22,7 @@ from gpt2.evaluation.perplexity import mean_loss, summarize
 from gpt2.model.weights import load_model
 from gpt2.tracking.logged_models import MODEL_SHA256
 from gpt2.tracking.registry import DOCUMENTS, NOT_THERE, artifacts_folder, fetch_model, find_version, is_lost
-from gpt2.tracking.runs import PARENT_SHA256
+from gpt2.tracking.runs import PARENT, PARENT_SHA256
 from gpt2.tracking.store import STORE_ERRORS, open_store, store_lock
 
 VAL_LOSS, VERDICT = "gpt2.val_loss", "gpt2.verdict"
@@ -134,8 +134,11 @@ def _trained_on(version: ModelVersion) -> set[str]:
     started_from = version.tags.get(PARENT_SHA256, "")
     if started_from == version.tags[MODEL_SHA256]:  # training changed nothing
         return known
-    parent = find_version(mlflow.MlflowClient(), started_from)
-    return known | _trained_on(parent) if parent else known
+    if parent := find_version(mlflow.MlflowClient(), started_from):
+        return known | _trained_on(parent)
+    if version.tags.get(PARENT, "").startswith(("models:", "runs:")):
+        raise UserError("what the model that it started from was trained on is not known")
+    return known
 
 
 def _score_again(pair: tuple[ModelVersion, ModelVersion], new: pd.DataFrame, params: Params) -> list[float]:

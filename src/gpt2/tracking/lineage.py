@@ -21,12 +21,9 @@ from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.optimizers import shared_steps
 
 UNCOMMITTED = ("src", "dvc.yaml", "params.yaml", "requirements.txt")  # what a diff to the commit is of
-SHARED = {
-    "max_steps",
-    "decay_fraction",
-    "checkpoint_interval",
-    "log_checkpoints",
-}  # may differ where first steps are equal
+PRETRAINED = "data/pretrained"  # of which a training reads no more than parent_sha256 tells
+# Parameters that may differ where the first steps are equal.
+SHARED = {"max_steps", "decay_fraction", "checkpoint_interval", "log_checkpoints"}
 Lineage = dict[str, Any]
 
 
@@ -37,8 +34,9 @@ def collect_lineage(params: Params, threads: int) -> Lineage:
     parameters, and PyTorch. The rest tells where these came from.
     """
     pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    deps = [path for path in pipeline["stages"]["train"]["deps"] if path != PRETRAINED]
     inputs = {
-        "files": {name: sha256 for path in pipeline["stages"]["train"]["deps"] for name, sha256 in _hashes(path)},
+        "files": {name: sha256 for path in deps for name, sha256 in _hashes(path)},
         "model": params.model.model_dump(),
         "train": params.train.model_dump(),
         "runtime": params.runtime.model_dump(),

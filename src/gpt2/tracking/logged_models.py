@@ -72,3 +72,8 @@ def models_of(run_id: str, name: str) -> list[LoggedModel]:
     client = mlflow.MlflowClient()
     experiment_id = client.get_run(run_id).info.experiment_id
     return list(client.search_logged_models([experiment_id], f"source_run_id = '{run_id}' AND name LIKE '{name}'"))
+
+
+def whole_models_of(run_id: str, name: str) -> list[LoggedModel]:
+    """Return those of models_of whose logging was not cut short."""
+    return [model for model in models_of(run_id, name) if model.status == LoggedModelStatus.READY]

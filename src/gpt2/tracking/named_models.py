@@ -8,9 +8,10 @@ from gpt2.config import ModelConfig
 from gpt2.core.environment import MLFLOW_DEFAULTS
 from gpt2.core.errors import UserError
 from gpt2.core.files import read_json
-from gpt2.core.paths import ROOT, main_root
+from gpt2.core.paths import ROOT, TOKENIZER_FILE, main_root
 from gpt2.data.batches import SeenMask
-from gpt2.data.tokenizer import Tokenizer, load_tokenizer
+from gpt2.data.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+from gpt2.export.tokenizer import vocabulary_of
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import CONFIG, load_model, weights_sha256
 
@@ -43,15 +44,17 @@ def load_named(name: str) -> NamedModel:
 
         path = fetch_model(name)
     elif name.startswith("hf:") or _is_huggingface_folder(path):
-        from gpt2.model.huggingface import load_huggingface
+        from gpt2.model.huggingface import TOKENIZER, load_huggingface
 
-        return NamedModel(path, *load_huggingface(name.removeprefix("hf:")), None)
+        named = NamedModel(*load_huggingface(name.removeprefix("hf:")), None)
+        _check_tokenizer(named.path, TOKENIZER)
+        return named
     return NamedModel(path, *load_model(path))
 
 
 def load_parent(name: str) -> NamedModel:
     """Load what train.init_from names. Raises UserError, also for an alias: equal parameters give equal results."""
-    if name.startswith("models:/") and ("@" in name or name.endswith("/latest")):
+    if name.startswith("models:/") and ("@" in name or name.lower().endswith("/latest")):
         from gpt2.tracking.registry import open_version, uri_of
 
         with open_version(name) as version:
@@ -65,6 +68,14 @@ def load_parent(name: str) -> NamedModel:
                 f"run `dvc add {name}` and commit {name}.dvc"
             )
     return load_named(found)
+
+
+def _check_tokenizer(folder: Path, name: str) -> None:
+    """Raise UserError if a folder of Hugging Face's has another tokenizer than GPT-2's, unless it is of export.py."""
+    if (folder / name).exists() and not (folder / TOKENIZER_FILE).exists():
+        raw = read_json(folder / name)
+        if not isinstance(raw, dict) or raw.get("model", {}).get("vocab") != vocabulary_of(gpt2_tokenizer().encoding):
+            raise UserError(f"{folder / name} is not GPT-2's tokenizer")
 
 
 def _is_huggingface_folder(path: Path) -> bool:

@@ -19,8 +19,8 @@ from gpt2.core.errors import NoModelError, UserError
 from gpt2.core.files import atomic_write, file_lock
 from gpt2.core.paths import LINEAGE, MODEL, PARAMS, ROOT, TOKENS, main_root
 from gpt2.model.weights import WEIGHTS, load_model, read_config
-from gpt2.tracking.logged_models import EXAMPLE, MODEL_SHA256, NO_STEP, log_model, models_of
-from gpt2.tracking.runs import SYSTEM_METRICS
+from gpt2.tracking.logged_models import EXAMPLE, MODEL_SHA256, NO_STEP, log_model, whole_models_of
+from gpt2.tracking.runs import PARENT_SHA256, SYSTEM_METRICS
 from gpt2.tracking.store import STORE_ERRORS, read_store, store_lock, withdraw_receipt
 from gpt2.training.history import CURVES
 
@@ -47,6 +47,7 @@ def register(
             version = None
         if version is None:
             model_name = re.sub("""[/:.%"']""", "-", str(run.info.run_name))  # which MLflow allows in no model's name
+            model_name = re.sub("^step-", "run-step-", model_name)  # step-N is in the middle of a training
             logged = log_model(model_name, [MODEL, LINEAGE, PARAMS, DOCUMENTS], NO_STEP, model_sha256, EXAMPLE)
             project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
             tags = shown | made_from | {PROJECT_VERSION: project["version"]}
@@ -153,7 +154,7 @@ def _checkpoint_at(uri: str) -> LoggedModel | None:
     """Return the model from the middle of a training that a URI names; none if it may name a version."""
     if found := re.fullmatch(r"models:/(m-\w+)", uri):
         model = mlflow.MlflowClient().get_logged_model(found[1])
-    elif (found := re.fullmatch(r"runs:/(\w+)/(step-\d+)", uri)) and (models := models_of(*found.groups())):
+    elif (found := re.fullmatch(r"runs:/(\w+)/(step-\d+)", uri)) and (models := whole_models_of(*found.groups())):
         model = models[0]
     else:
         return None
@@ -167,7 +168,7 @@ def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:
         run = client.get_run(found[1])
         version = find_version(client, run.data.tags.get(MODEL_SHA256, "")) if found[2] == MODEL.name else None
         if version is None:
-            names = ", ".join(reversed([one.name for one in models_of(found[1], "step-%")]))
+            names = ", ".join(reversed([one.name for one in whole_models_of(found[1], "step-%")]))
             message = f"this run has no {found[2]}" + (f"; it has {names}" if names else "")
             raise MlflowException(message, RESOURCE_DOES_NOT_EXIST)
         return version
@@ -192,6 +193,13 @@ def find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | Non
     conditions = [f"tags.`{MODEL_SHA256}` = '{model_sha256}'", *([f"name = '{name}'"] if name else [])]
     found = client.search_model_versions(" and ".join(conditions))
     return found[0] if found else None
+
+
+def unchanged_parent(made_from: dict[str, str]) -> ModelVersion | None:
+    """Return the version from whose weights a training started, if it ended with them too."""
+    version = find_version(mlflow.MlflowClient(), made_from[MODEL_SHA256])
+    is_parents = version and version.tags.get(PARENT_SHA256) != made_from[MODEL_SHA256]  # else it is of this training
+    return version if is_parents and made_from.get(PARENT_SHA256) == made_from[MODEL_SHA256] else None
 
 
 def is_lost(version: ModelVersion) -> bool:

@@ -27,7 +27,7 @@ from gpt2.tracking.store import STORE_ERRORS, open_store
 from gpt2.training.history import CURVES, LogMetrics, read_curves
 
 WriteModel = Callable[[Path], object]  # writes a model folder
-LogWeights = Callable[[int, WriteModel], None]
+LogModel = Callable[[int, WriteModel], None]
 FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
 BATCH_LIMIT = 1000  # points in one call, MLflow's own limit
 SAMPLES_TABLE = "samples/samples.json"
@@ -81,7 +81,7 @@ class Tracker:
 
 
 @contextmanager
-def training_run(params: Params, lineage: Lineage) -> Iterator[tuple[LogMetrics, LogWeights]]:
+def training_run(params: Params, lineage: Lineage) -> Iterator[tuple[LogMetrics, LogModel]]:
     """Open the run that a training logs to, or resume one that register never completed; yield the functions that log.
 
     The run is incomplete until register has been run, so register's receipt is withdrawn. A store that fails stops the
