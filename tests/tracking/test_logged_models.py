@@ -116,9 +116,7 @@ def test_what_is_no_checkpoint_or_changed_is_refused(run: Run, error_line: Error
         assert f"this run has no {name}; it has step-20, step-40" in line
     assert "no model at models:/m-0" in error_line(lambda: fetch_model("models:/m-0"))
     foreign = mlflow.MlflowClient().create_logged_model(open_store(), "step-9", run_id)
-    assert "this run has no step-9" in error_line(
-        lambda: fetch_model(f"runs:/{run_id}/step-9")
-    )
+    assert "this run has no step-9" in error_line(lambda: fetch_model(f"runs:/{run_id}/step-9"))
     mlflow.MlflowClient().finalize_logged_model(foreign.model_id, LoggedModelStatus.READY)
     assert "another program has logged it" in error_line(lambda: fetch_model(f"runs:/{run_id}/step-9"))
     mlflow.MlflowClient().delete_logged_model(foreign.model_id)
