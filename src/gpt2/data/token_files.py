@@ -1,4 +1,4 @@
-"""Documents become token files: one flat array of uint16 ids for each split, and tables that tell what is in them."""
+"""Documents become token files: one flat array of ids for each split, and tables that tell what is in them."""
 
 import csv
 import hashlib
@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from joblib import cpu_count
-from numpy.typing import NDArray
 
 from gpt2.config import PrepareParams
 from gpt2.core.errors import UserError
@@ -26,13 +25,12 @@ from gpt2.core.progress import Progress
 from gpt2.data.bpe import train_bpe
 from gpt2.data.corpus import Text
 from gpt2.data.splits import SPLITS, Document, split_documents
-from gpt2.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from gpt2.data.tokenizer import END_OF_TEXT, TokenArray, Tokenizer, load_tokenizer
 
-DTYPE = np.dtype("<u2")
+SHARD_TOKENS = 1 << 28  # of one file; the split goes on in the next
 PART_LENGTH = 1 << 20
 TRAINING_PART_LENGTH = 1 << 12  # of what a vocabulary is trained on: the library is slow with long texts
 COLUMNS = ("document", "split", "first_token", "tokens", "bytes", "sha256")
-Tokens = NDArray[np.uint16]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")
@@ -42,6 +40,8 @@ def write_token_files(
     texts: Iterable[Text], folder: Path, params: PrepareParams
 ) -> tuple[dict[str, Any], Counter[str]]:
     """Split and tokenize texts into folder/{train,val,test}.bin, documents.csv and meta.json.
+
+    A split of more than SHARD_TOKENS goes on in train.1.bin, train.2.bin and so on.
 
     Returns the meta, and a count of the documents that are left out, by kind.
     seen_tokens.npy tells of each token of the vocabulary whether the train split has it.
@@ -64,6 +64,7 @@ def write_token_files(
         "prepare": params.model_dump(),
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
+        "dtype": tokenizer.dtype.str,
         "duplicates": duplicates,
         "left_out": {kind: count for kind, count in sorted(left_out.items()) if count},
         "splits": splits,
@@ -95,10 +96,10 @@ def _store(texts: Iterable[Text], file: BinaryIO, params: PrepareParams) -> tupl
 def _write(documents: Sequence[Document], file: BinaryIO, folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write the token files and tables; return the totals of each split."""
     totals = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
+    hashes = {split: hashlib.sha256() for split in SPLITS}
     seen = np.zeros(tokenizer.vocab_size, dtype=bool)
     ends_written = 0
     with ExitStack() as stack:
-        files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
         # Names may hold a line end, or bytes that are not UTF-8.
         table = (folder / "documents.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="")
         rows = csv.writer(stack.enter_context(table), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
@@ -108,7 +109,8 @@ def _write(documents: Sequence[Document], file: BinaryIO, folder: Path, tokenize
         tokenize = partial(_tokenize, descriptor=file.fileno(), tokenizer=tokenizer)
         for batch, (tokens, counts, ends) in _in_threads(tokenize, _batches(documents)):
             for split, ids in tokens.items():
-                files[split].write(ids.tobytes())
+                _append(folder, split, ids, totals[split]["tokens"])
+                hashes[split].update(ids.data)
                 if split == "train":
                     seen[ids] = True
             for document, count in zip(batch, counts, strict=True):
@@ -119,7 +121,7 @@ def _write(documents: Sequence[Document], file: BinaryIO, folder: Path, tokenize
                 total["documents"] += 1
                 total["bytes"] += document.size
                 total["tokens"] += count
-                progress.advance(document.size)
+            progress.advance(sum(document.size for document in batch))
             ends_written += ends
     if ends_written:
         print(
@@ -128,7 +130,34 @@ def _write(documents: Sequence[Document], file: BinaryIO, folder: Path, tokenize
             file=sys.stderr,
         )
     np.save(folder / "seen_tokens.npy", seen)
-    return {split: total | {"sha256": sha256_of(folder / f"{split}.bin")} for split, total in totals.items()}
+    return {
+        split: total | {"sha256": hashes[split].hexdigest(), "files": _index(folder, split, total["tokens"])}
+        for split, total in totals.items()
+    }
+
+
+def _append(folder: Path, split: str, ids: TokenArray, written: int) -> None:
+    """Write ids to the files of a split, which hold `written` tokens so far."""
+    while len(ids):
+        number, place = divmod(written, SHARD_TOKENS)
+        part, ids = np.split(ids, [SHARD_TOKENS - place])
+        with (folder / _file_name(split, number)).open("ab" if place else "wb") as file:
+            file.write(part.data)
+        written += len(part)
+
+
+def _index(folder: Path, split: str, tokens: int) -> dict[str, dict[str, Any]]:
+    """Return of each file of a split, in order, its tokens and SHA-256."""
+    starts = range(0, tokens, SHARD_TOKENS)
+    names = [_file_name(split, number) for number in range(len(starts))]
+    return {
+        name: {"tokens": min(SHARD_TOKENS, tokens - start), "sha256": sha256_of(folder / name)}
+        for name, start in zip(names, starts, strict=True)
+    }
+
+
+def _file_name(split: str, number: int) -> str:
+    return f"{split}.{number}.bin" if number else f"{split}.bin"
 
 
 def split_text(text: str, length: int = PART_LENGTH) -> Iterator[str]:
@@ -146,18 +175,18 @@ def split_text(text: str, length: int = PART_LENGTH) -> Iterator[str]:
 
 def _tokenize(
     documents: Iterable[Document], descriptor: int, tokenizer: Tokenizer
-) -> tuple[dict[str, Tokens], list[int], int]:
+) -> tuple[dict[str, TokenArray], list[int], int]:
     """Return the tokens of each split, of each document their count, and how often <|endoftext|> is written out."""
-    found: dict[str, list[Tokens]] = {split: [] for split in SPLITS}
-    counts, ends, end = [], 0, np.array([tokenizer.end_of_text_id], dtype=DTYPE)
+    found: dict[str, list[TokenArray]] = {split: [] for split in SPLITS}
+    counts, ends, end = [], 0, np.array([tokenizer.end_of_text_id], dtype=tokenizer.dtype)
     for document in documents:
         text = document.read(descriptor).decode("utf-8")
-        # A list of tokens takes many times the memory of the text.
-        parts = [*(np.array(tokenizer.encode(part), dtype=DTYPE) for part in split_text(text)), end]
+        parts = [*(ids for part in split_text(text) for ids in tokenizer.encode_arrays(part)), end]
         found[str(document.split)] += parts
         counts.append(sum(map(len, parts)))
         ends += text.count(END_OF_TEXT)
-    return {split: np.concatenate(parts) for split, parts in found.items() if parts}, counts, ends
+    tokens = {split: np.concatenate(parts, dtype=tokenizer.dtype) for split, parts in found.items() if parts}
+    return tokens, counts, ends
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -54,7 +54,7 @@ def copied(texts: Texts, corpus: Tokens, n: int, chunk: int = CHUNK) -> float:
     """
     grams = _all_ngrams(texts, n)
     sought, found = set(grams), set[Ngram]()
-    endings = _endings(np.array(list(sought), dtype=np.uint16).reshape(-1, n))
+    endings = _endings(np.array(list(sought), dtype=np.uint32).reshape(-1, n))
     for start in range(0, len(corpus) - n + 1, chunk):
         places = sliding_window_view(np.asarray(corpus[start : start + chunk + n - 1]), n)  # (S, n)
         likely = places[np.isin(_endings(places), endings)]
