@@ -44,7 +44,8 @@ class Tokenizer:
     """
 
     def __init__(self, name: str, ranks: dict[bytes, int]) -> None:
-        self.name, self.end_of_text_id, self.vocab_size = name, len(ranks), len(ranks) + 1
+        self.name, self.ranks = name, ranks
+        self.end_of_text_id, self.vocab_size = len(ranks), len(ranks) + 1
         self.encoding = tiktoken.Encoding(
             name=name,
             pat_str=r50k_pat_str,
