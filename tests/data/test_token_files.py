@@ -20,7 +20,7 @@ from gpt2.data import token_files, tokenizer
 from gpt2.data.batches import Shards, load_tokens
 from gpt2.data.corpus import Text, read_corpus
 from gpt2.data.splits import SPLITS
-from gpt2.data.token_files import split_text, write_token_files
+from gpt2.data.token_files import encode_documents, split_text, write_token_files
 from gpt2.data.tokenizer import gpt2_tokenizer, load_tokenizer
 
 GPT2 = gpt2_tokenizer()
@@ -205,6 +205,18 @@ def test_parts_give_the_tokens_of_the_whole(bpe_file: Path, text: str, length: i
     assert "".join(parts) == text
     for one in (GPT2, load_tokenizer(bpe_file)):
         assert [token for part in parts for token in one.encode(part)] == one.encode(text)
+
+
+MARKS = st.sampled_from(
+    ["<", "<|endof", "text|>", "<|endoftext|>", "endoftext|>", " ", "\n\n", "it's", "\u65e5", "a" * 2**16]
+)
+
+
+@given(st.lists(TEXT | st.lists(MARKS, max_size=5).map("".join), max_size=6))
+def test_documents_have_the_tokens_that_each_has_alone(bpe_file: Path, texts: list[str]) -> None:
+    for one in (GPT2, load_tokenizer(bpe_file)):
+        expected = [token for text in texts for token in one.encode_document(text).tolist()]
+        assert encode_documents(one, texts).tolist() == expected
 
 
 def test_a_part_ends_with_the_next_word() -> None:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from joblib import cpu_count
+from numpy.typing import NDArray
 
 from gpt2.config import PrepareParams
 from gpt2.core.errors import UserError
@@ -26,7 +27,7 @@ from gpt2.core.progress import Progress
 from gpt2.data.bpe import train_bpe
 from gpt2.data.corpus import Text
 from gpt2.data.splits import SPLITS, Document, split_documents
-from gpt2.data.tokenizer import END_OF_TEXT, TokenArray, Tokenizer, load_tokenizer
+from gpt2.data.tokenizer import END_OF_TEXT, LONGEST_RUN, TokenArray, Tokenizer, load_tokenizer
 
 SHARD_TOKENS = 1 << 28  # of one file; the split goes on in the next
 PART_LENGTH = 1 << 20
@@ -114,7 +115,7 @@ def _write(documents: Sequence[Document], file: BinaryIO, folder: Path, tokenize
                 hashes[split].update(ids.data)
                 if split == "train":
                     seen[ids] = True
-            for document, count in zip(batch, counts, strict=True):
+            for document, count in zip(batch, counts.tolist(), strict=True):
                 total = totals[str(document.split)]
                 rows.writerow(
                     [document.name, document.split, total["tokens"], count, document.size, document.sha256.hex()]
@@ -175,21 +176,30 @@ def split_text(text: str, length: int = PART_LENGTH) -> Iterator[str]:
 
 
 def _tokenize(
-    documents: Iterable[Document], descriptor: int, tokenizer: Tokenizer, own: threading.local
-) -> tuple[dict[str, TokenArray], list[int], int]:
+    documents: Sequence[Document], descriptor: int, tokenizer: Tokenizer, own: threading.local
+) -> tuple[dict[str, TokenArray], NDArray[np.intp], int]:
     """Return the tokens of each split, of each document their count, and how often <|endoftext|> is written out."""
-    found: dict[str, list[TokenArray]] = {split: [] for split in SPLITS}
     if not hasattr(own, "tokenizer"):  # a regular expression takes a quarter longer in a thread that shares it
         own.tokenizer = Tokenizer(tokenizer.name, tokenizer.ranks)
-    counts, ends, end = [], 0, np.array([tokenizer.end_of_text_id], dtype=tokenizer.dtype)
-    for document in documents:
-        text = document.read(descriptor).decode("utf-8")
-        parts = [*(ids for part in split_text(text) for ids in own.tokenizer.encode_arrays(part)), end]
-        found[str(document.split)] += parts
-        counts.append(sum(map(len, parts)))
-        ends += text.count(END_OF_TEXT)
-    tokens = {split: np.concatenate(parts, dtype=tokenizer.dtype) for split, parts in found.items() if parts}
-    return tokens, counts, ends
+    texts = [document.read(descriptor).decode("utf-8") for document in documents]
+    ids = encode_documents(own.tokenizer, texts)
+    counts = np.diff(np.flatnonzero(ids == tokenizer.end_of_text_id), prepend=-1)
+    split_of = np.repeat(np.array([SPLITS.index(str(document.split)) for document in documents], np.int8), counts)
+    tokens = {split: ids[split_of == number] for number, split in enumerate(SPLITS)}
+    return tokens, counts, sum(text.count(END_OF_TEXT) for text in texts)
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenArray:
+    """Return the tokens (N,) of texts, each followed by <|endoftext|>."""
+    if all(len(text) < LONGEST_RUN and END_OF_TEXT not in text for text in texts):  # one call is faster than many
+        joined = END_OF_TEXT.join([*texts, ""])
+        return tokenizer.encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}).astype(tokenizer.dtype)
+    arrays = []
+    for text in texts:
+        for part in split_text(text):
+            arrays += tokenizer.encode_arrays(part)
+        arrays.append(np.array([tokenizer.end_of_text_id], dtype=np.uint32))
+    return np.concatenate(arrays, dtype=tokenizer.dtype)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
