@@ -1,4 +1,4 @@
-"""prepare at size, beside tiktoken alone on one thread: bytes per second and peak memory.
+"""prepare at size, beside tiktoken alone on one thread: bytes per second by the clock and of CPU time, peak memory.
 
 python tests/benchmarks/preparation.py --megabytes 1000
 

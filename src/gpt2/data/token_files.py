@@ -44,7 +44,6 @@ def write_token_files(
     """Split and tokenize texts into folder/{train,val,test}.bin, documents.csv and meta.json.
 
     A split of more than SHARD_TOKENS goes on in train.1.bin, train.2.bin and so on.
-
     Returns the meta, and a count of the documents that are left out, by kind.
     seen_tokens.npy tells of each token of the vocabulary whether the train split has it.
     With params.vocab_size, the tokenizer is trained on the train split, and written too; else it is GPT-2's.
@@ -150,12 +149,11 @@ def _append(folder: Path, split: str, ids: TokenArray, written: int) -> None:
 
 def _index(folder: Path, split: str, tokens: int) -> dict[str, dict[str, Any]]:
     """Return of each file of a split, in order, its tokens and SHA-256."""
-    starts = range(0, tokens, SHARD_TOKENS)
-    names = [_file_name(split, number) for number in range(len(starts))]
-    return {
-        name: {"tokens": min(SHARD_TOKENS, tokens - start), "sha256": sha256_of(folder / name)}
-        for name, start in zip(names, starts, strict=True)
-    }
+    index = {}
+    for number, start in enumerate(range(0, tokens, SHARD_TOKENS)):
+        name = _file_name(split, number)
+        index[name] = {"tokens": min(SHARD_TOKENS, tokens - start), "sha256": sha256_of(folder / name)}
+    return index
 
 
 def _file_name(split: str, number: int) -> str:
