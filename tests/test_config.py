@@ -178,7 +178,7 @@ def test_all_conflicts_between_sections_are_reported_at_once(problem: Callable[.
         ("prepare.val_fraction", 0),
         ("prepare.tokenizer", "BPE"),
         ("prepare.vocab_size", 256),
-        ("prepare.vocab_size", 65537),
+        ("prepare.vocab_size", 2**20 + 1),
         ("prepare.val_fraction", 1),
         ("sample.prompts", []),
         ("sample.prompts", ["ok", ""]),

@@ -131,7 +131,7 @@ class PrepareParams(Section):
     val_fraction: Fraction
     test_fraction: Fraction
     tokenizer: Literal["gpt2", "bpe"]
-    vocab_size: Annotated[int, Field(gt=256, le=2**16)] | None  # bytes and <|endoftext|> at least; ids are uint16
+    vocab_size: Annotated[int, Field(gt=256, le=2**20)] | None  # bytes and <|endoftext|> at least
     max_documents: Count | None
     min_chars: Natural
     deduplicate: bool

@@ -1,4 +1,4 @@
-"""prepare at size, beside tiktoken alone on one thread: bytes per second and peak memory.
+"""prepare at size, beside tiktoken alone on one thread: bytes per second by the clock and of CPU time, peak memory.
 
 python tests/benchmarks/preparation.py --megabytes 1000
 
@@ -55,10 +55,14 @@ def main() -> None:
             for what in ("tiktoken", "prepare"):
                 command = [sys.executable, __file__, "--measure", what, str(file)]
                 told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                rate, peak = map(float, told.split())
-                rates.append(rate)
-                print(f"{name:12} {what:9} {rate:6.1f} MB/s, {peak:5.0f} MB at most", flush=True)
-            print(f"{name:12} {rates[1] / rates[0] / cpu_count():.2f} of {cpu_count()} times tiktoken's")
+                rate, cpu_rate, peak = map(float, told.split())
+                rates.append((rate / (cpu_count() if what == "prepare" else 1), cpu_rate))
+                print(f"{name:12} {what:9} {rate:6.1f} MB/s, {cpu_rate:6.1f} MB a CPU second, {peak:5.0f} MB at most")
+            fraction, cpu_fraction = (ours / theirs for theirs, ours in zip(*rates, strict=True))
+            print(
+                f"{name:12} {fraction:.2f} of {cpu_count()} times tiktoken's; {cpu_fraction:.2f} by CPU time",
+                flush=True,
+            )
 
 
 def pieces(corpus: str, length: int, total: int) -> Iterator[str]:
@@ -71,23 +75,23 @@ def pieces(corpus: str, length: int, total: int) -> Iterator[str]:
 
 
 def measure(what: str, file: Path) -> None:
-    """Print MB of text per second and the peak memory of this process in MB."""
+    """Print MB of text per second, and per second of CPU time, and the peak memory of this process in MB."""
     params: PrepareParams = load_params(PARAMS).prepare.model_copy(update={"source": file.name})
     gpt2_tokenizer().encoding.encode_ordinary("a")
     if what == "tiktoken":
         texts = list(islice(read_file(file, params), 20_000 if file.suffix == ".jsonl" else 2))
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         for text in texts:
             gpt2_tokenizer().encoding.encode_ordinary(text)
         size = sum(map(len, texts))
     else:
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         with TemporaryDirectory() as folder:
             meta, _ = write_token_files(read_corpus(params, file.parent)[0], Path(folder), params)
         size = sum(split["bytes"] for split in meta["splits"].values())
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # getrusage tells the parent's too
-    print(size / seconds / 1e6, int(peak[1]) / 1e3 if peak else 0)
+    print(size / seconds / 1e6, size / cpu_seconds / 1e6, int(peak[1]) / 1e3 if peak else 0)
 
 
 if __name__ == "__main__":

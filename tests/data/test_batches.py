@@ -8,7 +8,15 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gpt2.data.batches import Purpose, TrainingBatches, load_tokens, seed_torch, stack_windows, validation_batches
+from gpt2.data.batches import (
+    Purpose,
+    Shards,
+    TrainingBatches,
+    load_tokens,
+    seed_torch,
+    stack_windows,
+    validation_batches,
+)
 
 ErrorLine = Callable[[Callable[[], object]], str]
 
@@ -111,7 +119,26 @@ def test_ids_above_the_signed_range_survive() -> None:
 
 def test_token_file_is_little_endian(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(b"\x01\x02\x03\x04")
-    assert load_tokens(tmp_path / "train.bin").tolist() == [0x0201, 0x0403]
+    assert load_tokens(tmp_path / "train.bin")[:].tolist() == [0x0201, 0x0403]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1), st.integers(0, 99), st.integers(0, 99))
+def test_files_are_read_as_one(sizes: list[int], start: int, end: int) -> None:
+    whole = counting(sum(sizes))
+    shards = Shards(np.split(whole, np.cumsum(sizes)[:-1]))
+    assert len(shards) == len(whole)
+    for key in (slice(start, end), slice(start, None), slice(end), slice(np.int64(start), np.int64(end))):
+        assert shards[key].dtype == whole.dtype and shards[key].tolist() == whole[key].tolist()
+
+
+def test_batches_of_several_files_are_those_of_one() -> None:
+    whole = counting(100)
+    shards = Shards(np.split(whole, [33, 66, 99]))
+    for step in range(9):
+        ours, theirs = (TrainingBatches(tokens, 4, 7, seed=1)(step) for tokens in (shards, whole))
+        assert all(map(torch.equal, ours, theirs))
+    for ours, theirs in zip(validation_batches(shards, 4, 7), validation_batches(whole, 4, 7), strict=True):
+        assert all(map(torch.equal, ours, theirs))
 
 
 @pytest.mark.parametrize("data", [None, b"", b"odd"])

@@ -1,5 +1,7 @@
+import base64
 import csv
 import hashlib
+import itertools
 import json
 import operator
 import os
@@ -14,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.config import PrepareParams
-from gpt2.data import tokenizer
+from gpt2.data import token_files, tokenizer
+from gpt2.data.batches import Shards, load_tokens
 from gpt2.data.corpus import Text, read_corpus
 from gpt2.data.splits import SPLITS
-from gpt2.data.token_files import split_text, write_token_files
+from gpt2.data.token_files import encode_documents, split_text, write_token_files
 from gpt2.data.tokenizer import gpt2_tokenizer, load_tokenizer
 
 GPT2 = gpt2_tokenizer()
@@ -75,6 +78,49 @@ def test_meta_and_table_count_what_the_files_hold(tmp_path: Path, write: Write) 
         assert told["tokens"] == len(data) // 2 == sum(int(row["tokens"]) for row in mine)
         assert told["bytes"] == sum(int(row["bytes"]) for row in mine)
         assert told["sha256"] == hashlib.sha256(data).hexdigest()
+        assert told["files"] == {f"{split}.bin": {"tokens": told["tokens"], "sha256": told["sha256"]}}
+
+
+@pytest.mark.parametrize("shard", [7, 100, 1])
+def test_a_long_split_goes_on_in_more_files(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch, error_line: ErrorLine, shard: int
+) -> None:
+    whole, _ = write(tmp_path / "whole", TEXTS)
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", shard)
+    monkeypatch.setattr(token_files, "PART_LENGTH", 50)  # several batches
+    folder = tmp_path / "tokens"
+    meta, _ = write(folder, TEXTS)
+    for split in SPLITS:
+        files, data = meta["splits"][split].pop("files"), (tmp_path / "whole" / f"{split}.bin").read_bytes()
+        assert [*files][:2] == [f"{split}.bin", f"{split}.1.bin"][: len(files)]
+        assert b"".join((folder / name).read_bytes() for name in files) == data
+        assert [one["tokens"] for one in files.values()][:-1] == [shard] * (len(files) - 1)
+        assert sum(one["tokens"] for one in files.values()) == len(data) // 2
+        for name, one in files.items():
+            assert one["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        tokens = load_tokens(folder / f"{split}.bin")
+        assert isinstance(tokens, Shards) == (len(files) > 1) and tokens[:].tobytes() == data
+        del whole["splits"][split]["files"]
+    assert meta == whole
+    assert read_rows(folder) == read_rows(tmp_path / "whole")
+    (folder / "train.1.bin").unlink()
+    assert "train.bin cannot be read" in error_line(lambda: load_tokens(folder / "train.bin"))
+
+
+def test_a_large_vocabulary_has_longer_ids(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [bytes(letters) for count in (1, 2) for letters in itertools.product(range(256), repeat=count)]
+    lines = [f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate([*words, b"Document"])]
+    monkeypatch.setattr(token_files, "train_bpe", lambda texts, vocab_size, file: file.write_text("".join(lines)))
+    folder = tmp_path / "tokens"
+    meta, _ = write(folder, TEXTS, tokenizer="bpe", vocab_size=2**17)
+    own = load_tokenizer(folder)
+    assert (meta["vocab_size"], meta["dtype"]) == (own.vocab_size, "<u4") == (len(lines) + 1, "<u4")
+    seen = np.load(folder / "seen_tokens.npy")
+    assert set(np.flatnonzero(seen)) == set(load_tokens(folder / "train.bin")[:].tolist())
+    for row, text in zip(read_rows(folder), TEXTS, strict=True):
+        first, count = int(row["first_token"]), int(row["tokens"])
+        ids = load_tokens(folder / f"{row['split']}.bin")[first : first + count].tolist()
+        assert ids[0] == 2**16 + 256 and ids == own.encode_document(text).tolist()
 
 
 def test_tokens_decode_to_the_documents_with_end_of_text_between(tmp_path: Path, write: Write) -> None:
@@ -159,6 +205,18 @@ def test_parts_give_the_tokens_of_the_whole(bpe_file: Path, text: str, length: i
     assert "".join(parts) == text
     for one in (GPT2, load_tokenizer(bpe_file)):
         assert [token for part in parts for token in one.encode(part)] == one.encode(text)
+
+
+MARKS = st.sampled_from(
+    ["<", "<|endof", "text|>", "<|endoftext|>", "endoftext|>", " ", "\n\n", "it's", "\u65e5", "a" * 2**16]
+)
+
+
+@given(st.lists(TEXT | st.lists(MARKS, max_size=5).map("".join), max_size=6))
+def test_documents_have_the_tokens_that_each_has_alone(bpe_file: Path, texts: list[str]) -> None:
+    for one in (GPT2, load_tokenizer(bpe_file)):
+        expected = [token for text in texts for token in one.encode_document(text).tolist()]
+        assert encode_documents(one, texts).tolist() == expected
 
 
 def test_a_part_ends_with_the_next_word() -> None:

@@ -1,9 +1,12 @@
+import itertools
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.data import tokenizer
-from gpt2.data.tokenizer import TextStream, gpt2_tokenizer
+from gpt2.data.tokenizer import TextStream, Tokenizer, cut_long_runs, gpt2_tokenizer
 
 GPT2 = gpt2_tokenizer()
 MANY_BYTES = "naïve 日本語の文章 👩‍👩‍👧‍👦 🇯🇵 ﷽ e\u0301"
@@ -25,6 +28,40 @@ def test_text_survives_a_round_trip(text: str) -> None:
     tokens = GPT2.encode(text)
     assert GPT2.decode(tokens) == text
     assert all(0 <= token < GPT2.end_of_text_id for token in tokens)
+
+
+RUNS = st.lists(st.tuples(st.sampled_from("a\u65e5 \n\u3000"), st.integers(1, 30))).map(
+    lambda runs: "".join(character * count for character, count in runs)
+)
+
+
+@given(RUNS, st.integers(2, 20))
+def test_long_runs_alone_are_cut(text: str, longest: int) -> None:
+    parts = cut_long_runs(text, longest)
+    assert "".join(parts) == text
+    ends = [match.end() for match in re.finditer(rf"\S{{{longest}}}|\s{{{longest}}}", text)]
+    assert parts == [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
+
+
+@given(st.text() | RUNS)
+def test_arrays_hold_the_same_tokens(text: str) -> None:
+    for one in (text, f"{text}<|endoftext|>{text}"):
+        assert [token for array in GPT2.encode_arrays(one) for token in array.tolist()] == GPT2.encode(one)
+
+
+def test_a_long_run_is_encoded_in_pieces() -> None:
+    text = "a b" + "\u65e5" * 2 * tokenizer.LONGEST_RUN + " " * 2 * tokenizer.LONGEST_RUN
+    arrays = GPT2.encode_arrays(text)
+    assert len(arrays) == 5 and GPT2.decode(GPT2.encode(text)) == text
+    assert [token for array in arrays for token in array.tolist()] == GPT2.encode(text)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4")])
+def test_ids_have_the_smallest_type_that_holds_all(size: int, dtype: str) -> None:
+    words = [bytes(letters) for count in (1, 2) for letters in itertools.product(range(256), repeat=count)]
+    ranks = {word: rank for rank, word in enumerate(words[: size - 1])}
+    document = Tokenizer("large", ranks).encode_document("\0a")
+    assert document.dtype == dtype and document[-1] == size - 1
 
 
 def test_end_of_text_written_out_is_ordinary_text() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gpt2.data.batches import Shards
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.evaluation.perplexity import mean_loss, predictions, sliding_windows, summarize
 from gpt2.model.gpt2 import GPT2Model
@@ -63,6 +64,12 @@ def test_predictions_equal_those_of_one_token_at_a_time(
     assert targets.tolist() == tokens.tolist()
     loss = F.cross_entropy(expected.double(), targets).item()
     assert mean_loss(model, tokens, stride, batch_size) == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_split_in_several_files_has_the_loss_of_one(model: GPT2Model) -> None:
+    tokens = draw_tokens(23)
+    shards = Shards(np.split(tokens, [5, 6, 20]))
+    assert mean_loss(model, shards, 4, 3) == mean_loss(model, tokens, 4, 3)
 
 
 def test_a_split_is_read_a_batch_at_a_time(model: GPT2Model) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2.data.batches import load_tokens
+from gpt2.data.batches import Shards, load_tokens
 from gpt2.evaluation import text_metrics
 from gpt2.evaluation.text_metrics import copied, distinct, measure, repetition
 
@@ -49,6 +49,12 @@ def test_copied() -> None:
     assert copied([[1, 2, 3, 9], [2, 3, 9]], corpus, 3) == 1 / 3  # each time that it is written
     assert copied([[1]], corpus, 2) == 0
     assert copied([[1, 2, 3]], corpus[:2], 3) == 0
+    assert copied([[1, 2, 3], [2, 3], [3, 2]], Shards([corpus[:2], corpus[2:]]), 2) == 3 / 4
+
+
+def test_copied_tells_ids_beyond_16_bits_apart() -> None:
+    corpus = np.array([1, 2, 2**16 + 3, 4], dtype=np.uint32)
+    assert copied([[1, 2, 2**16 + 3], [1, 2, 3], [1, 3, 3]], corpus, 3) == 1 / 3
 
 
 small_texts = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=4)

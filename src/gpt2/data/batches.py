@@ -5,10 +5,13 @@ A batch is a pure function of (seed, step).
 Shapes: B batch, T positions, N tokens of a split.
 """
 
-from collections.abc import Iterator
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +19,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpt2.core.errors import UserError
+from gpt2.core.files import read_json
 
-Tokens = NDArray[np.uint16]
+TokenArray = NDArray[np.unsignedinteger[Any]]
 SeenMask = NDArray[np.bool_]
+
+
+class Shards:
+    """The tokens (N,) of several files, of which slices can be read as if they were one array."""
+
+    def __init__(self, files: Sequence[TokenArray]) -> None:
+        self.files, self.ends = files, [*itertools.accumulate(map(len, files))]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, key: slice) -> TokenArray:
+        start, end, _ = key.indices(len(self))
+        parts = [self.files[0][:0]]
+        while start < end:
+            number = bisect_right(self.ends, start)
+            first = self.ends[number] - len(self.files[number])
+            parts.append(self.files[number][start - first : end - first])
+            start = self.ends[number]
+        return np.concatenate(parts)
+
+
+Tokens = TokenArray | Shards
 
 
 class Purpose(IntEnum):
@@ -41,11 +68,19 @@ def seed_torch(seed: int, purpose: Purpose, step: int = 0) -> None:
 
 
 def load_tokens(path: Path) -> Tokens:
-    """Map a token file (N,) into memory. Raises UserError if it is missing or empty."""
+    """Map a split's tokens (N,) into memory: its file, and those that go on with it.
+
+    meta.json beside them lists the files, and has the type of the ids; without it there is one of "<u2".
+    Raises UserError if one is missing or empty.
+    """
+    index = path.with_name("meta.json")
+    meta = read_json(index) if index.exists() else {}
+    names = meta.get("splits", {}).get(path.stem, {}).get("files", [path.name])
     try:
-        return np.memmap(path, dtype="<u2", mode="r")
+        files = [np.memmap(path.with_name(name), dtype=meta.get("dtype", "<u2"), mode="r") for name in names]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); run `dvc repro prepare`") from None
+    return files[0] if len(files) == 1 else Shards(files)
 
 
 def load_seen(path: Path, vocab_size: int) -> SeenMask:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -23,12 +24,13 @@ from gpt2.core.errors import UserError
 from gpt2.core.files import sha256_of, write_text
 from gpt2.core.paths import TOKENIZER_FILE
 
+TokenArray = NDArray[np.unsignedinteger[Any]]
+
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 50257  # GPT-2's
 
-# tiktoken gives up on text without a border between words; a longer run of (or without) white space is cut there.
-LONGEST_RUN = 1 << 16
-_LONG_RUN = re.compile(rf"\S{{{LONGEST_RUN}}}|\s{{{LONGEST_RUN}}}")
+LONGEST_RUN = 1 << 16  # characters without a border between words, on more of which tiktoken gives up
+_SPACE, _NO_SPACE = re.compile(r"\s"), re.compile(r"\S")
 
 # The SHA-256 that tiktoken itself pins for GPT-2 (tiktoken_ext/openai_public.py).
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -42,7 +44,8 @@ class Tokenizer:
     """
 
     def __init__(self, name: str, ranks: dict[bytes, int]) -> None:
-        self.name, self.end_of_text_id, self.vocab_size = name, len(ranks), len(ranks) + 1
+        self.name, self.ranks = name, ranks
+        self.end_of_text_id, self.vocab_size = len(ranks), len(ranks) + 1
         self.encoding = tiktoken.Encoding(
             name=name,
             pat_str=r50k_pat_str,
@@ -51,20 +54,43 @@ class Tokenizer:
             explicit_n_vocab=self.vocab_size,
         )
 
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
+        """The type of the ids in token files."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
     def encode(self, text: str) -> list[int]:
         """Encode text in which nothing is special: a literal "<|endoftext|>" is ordinary characters."""
-        bounds = [0, *(match.end() for match in _LONG_RUN.finditer(text)), len(text)]
-        parts = (text[start:end] for start, end in itertools.pairwise(bounds))
-        return [token for part in parts for token in self.encoding.encode_ordinary(part)]
+        return [token for part in cut_long_runs(text) for token in self.encoding.encode_ordinary(part)]
 
-    def encode_document(self, text: str) -> NDArray[np.uint16]:
+    def encode_arrays(self, text: str) -> list[NDArray[np.uint32]]:
+        """Return the same tokens in pieces, faster and in less memory.
+
+        Raises UnicodeEncodeError if the text has half of a surrogate pair.
+        """
+        return [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in cut_long_runs(text)]
+
+    def encode_document(self, text: str) -> TokenArray:
         """Return a text's tokens and <|endoftext|>, as token files have them."""
-        return np.array([*self.encode(text), self.end_of_text_id], dtype=np.uint16)
+        return np.array([*self.encode(text), self.end_of_text_id], dtype=self.dtype)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of tokens; broken UTF-8 becomes U+FFFD."""
         stream = TextStream(self)
         return "".join([*map(stream.push, tokens), stream.finish()])
+
+
+def cut_long_runs(text: str, longest: int = LONGEST_RUN) -> list[str]:
+    """Cut a text after each `longest` characters of a run of white space, or of a run without any."""
+    half = longest // 2
+    blocks = range(0, len(text) - half + 1, half)  # such a run has all of one, and to look for that is fast
+    if all(
+        _SPACE.search(text, start, start + half) and _NO_SPACE.search(text, start, start + half) for start in blocks
+    ):
+        return [text]
+    runs = re.finditer(rf"\S{{{longest}}}|\s{{{longest}}}", text)
+    bounds = [0, *(run.end() for run in runs), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 @cache

@@ -54,7 +54,10 @@ def _predictions(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int)
     windows = sliding_windows(len(tokens), model.max_len, stride)
     for (_, scored), group in itertools.groupby(windows, lambda window: (window[1] - window[0], window[1] - window[2])):
         while batch := list(itertools.islice(group, batch_size)):
-            texts = [[tokens[start - 1] if start else end_of_text, *tokens[start:end]] for start, end, _ in batch]
+            texts = [
+                [*(tokens[start - 1 : start] if start else [end_of_text]), *tokens[start:end]]
+                for start, end, _ in batch
+            ]
             text = torch.tensor(np.array(texts, dtype=np.int64), device=device)  # (B, T + 1)
             hidden_states = model.hidden_states(text[:, :-1])[:, -scored:].flatten(0, 1)  # (B * S, C)
             targets = text[:, -scored:].flatten()

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from gpt2.data.batches import Tokens
+from gpt2.data.batches import TokenArray, Tokens
 
 Texts = Sequence[Sequence[int]]
 Ngram = tuple[int, ...]
@@ -54,7 +54,7 @@ def copied(texts: Texts, corpus: Tokens, n: int, chunk: int = CHUNK) -> float:
     """
     grams = _all_ngrams(texts, n)
     sought, found = set(grams), set[Ngram]()
-    endings = _endings(np.array(list(sought), dtype=np.uint16).reshape(-1, n))
+    endings = _endings(np.array(list(sought), dtype=np.uint32).reshape(-1, n))
     for start in range(0, len(corpus) - n + 1, chunk):
         places = sliding_window_view(np.asarray(corpus[start : start + chunk + n - 1]), n)  # (S, n)
         likely = places[np.isin(_endings(places), endings)]
@@ -62,11 +62,11 @@ def copied(texts: Texts, corpus: Tokens, n: int, chunk: int = CHUNK) -> float:
     return sum(gram in found for gram in grams) / len(grams) if grams else 0.0
 
 
-def _endings(grams: Tokens) -> NDArray[np.uint64]:
+def _endings(grams: TokenArray) -> NDArray[np.uint64]:
     """Return the last tokens of n-grams (G, n), at most four, as one number each (G,)."""
     numbers = np.zeros(len(grams), dtype=np.uint64)
     for column in grams.T[-4:]:
-        numbers <<= np.uint64(16)
+        numbers <<= np.uint64(16)  # longer ids overlap, which rules out fewer places
         numbers |= column
     return numbers
 

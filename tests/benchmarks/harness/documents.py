@@ -15,7 +15,7 @@ from gpt2.data.batches import load_tokens
 from gpt2.data.tokenizer import load_tokenizer
 
 path = Path(sys.argv[1])
-tokens, tokenizer = load_tokens(path), load_tokenizer(path)
+tokens, tokenizer = load_tokens(path)[:], load_tokenizer(path)
 ends = np.flatnonzero(tokens == tokenizer.end_of_text_id)
 for start, end in zip([0, *(ends + 1)], ends, strict=False):
     print(json.dumps({"text": tokenizer.decode(tokens[start:end].tolist())}))
