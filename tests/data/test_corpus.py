@@ -147,7 +147,11 @@ def test_the_first_documents_of_each_split_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "told"),
-    [("absent.txt", "absent.txt does not exist"), ("x" * 300, "File name too long"), ("a/**b/*", "prepare.source a/**b/* ")],
+    [
+        ("absent.txt", "absent.txt does not exist"),
+        ("x" * 300, "File name too long"),
+        ("a/**b/*", "prepare.source a/**b/* "),
+    ],
 )
 def test_missing_source_is_refused(tmp_path: Path, error_line: ErrorLine, source: str, told: str) -> None:
     write_files(tmp_path / "a", "b")
