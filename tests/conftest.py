@@ -7,6 +7,7 @@ import io
 import os
 import resource
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import yaml
 from hypothesis import settings
 
 from gpt2.config import ModelConfig, PrepareParams, TrainParams, check
-from gpt2.core.cli import fail
+from gpt2.core.cli import fail, run_command
 from gpt2.core.environment import MLFLOW_DEFAULTS
 from gpt2.core.errors import UserError
 
@@ -137,6 +138,24 @@ def make_train_params(shipped_text: str) -> Callable[..., TrainParams]:
 def make_prepare_params(shipped_text: str) -> Callable[..., PrepareParams]:
     section = yaml.safe_load(shipped_text)["prepare"]
     return lambda source, **changes: check(PrepareParams, section | {"source": source} | changes, "tiny")
+
+
+@pytest.fixture
+def run_main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the main of a script with arguments; return its exit code, output and errors."""
+
+    def run(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
+        code = 0
+        try:
+            run_command(main)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

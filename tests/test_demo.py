@@ -16,7 +16,6 @@ from torch import Tensor
 
 import demo
 from gpt2.config import SamplingParams
-from gpt2.core.cli import run_command
 from gpt2.core.errors import UserError
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.generation import engine
@@ -33,9 +32,7 @@ TINY = demo.SHAPE | {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 32, "ma
 
 
 @pytest.fixture
-def run_demo(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Demo:
+def run_demo(model_folder: Path, run_main: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Demo:
     """Run demo.py with tiny models in an empty folder; return its exit code, output and errors."""
     small = {"SHAPE": TINY, "SMALL": TINY, "TRAINING_TOKENS": 600, "LEARNING_RATE": 0.02, "MAX_TOKENS": 4}
     for name, value in small.items():
@@ -46,14 +43,9 @@ def run_demo(
 
     def run(*arguments: str) -> tuple[int, str, str]:
         demo.find_model.cache_clear()
-        monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path / "pictures"), *arguments])
-        code = 0
-        try:
-            run_command(demo.main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+        done: tuple[int, str, str] = run_main(demo.main, "--output", tmp_path / "pictures", *arguments)
         demo.find_model.cache_clear()
-        return code, *capsys.readouterr()
+        return done
 
     return run
 

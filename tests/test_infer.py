@@ -23,7 +23,6 @@ import yaml
 import evaluate
 import infer
 from gpt2.config import ModelConfig
-from gpt2.core.cli import run_command
 from gpt2.core.files import read_json, write_json, write_text
 from gpt2.data.batches import SeenMask
 from gpt2.data.tokenizer import VOCAB_SIZE, TextStream, gpt2_tokenizer, load_tokenizer
@@ -41,19 +40,13 @@ TEXT = "The state of the Union is “naïve” 🦊.\r\n"
 
 
 @pytest.fixture
-def run_infer(model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Infer:
+def run_infer(model_folder: Path, run_main: Infer, monkeypatch: pytest.MonkeyPatch) -> Infer:
     """Run infer.py with arguments and standard input; return its exit code, output and errors."""
 
     def run(*arguments: str, stdin: str | bytes = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["infer.py", "--model", str(model_folder), "--device", "cpu", *arguments])
         data = stdin.encode() if isinstance(stdin, str) else stdin
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-        code = 0
-        try:
-            run_command(infer.main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
+        return run_main(infer.main, "--model", model_folder, "--device", "cpu", *arguments)
 
     return run
 

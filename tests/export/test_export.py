@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
 from gpt2.config import ModelConfig
-from gpt2.core.cli import run_command
 from gpt2.data.tokenizer import VOCAB_SIZE, gpt2_tokenizer
 from gpt2.generation.engine import Engine, GenerationSettings, Request
 from gpt2.model.gpt2 import GPT2Model, TransformerBlock
@@ -27,19 +27,9 @@ TOKENS = torch.randint(VOCAB_SIZE, (2, 40), generator=torch.Generator().manual_s
 
 
 @pytest.fixture
-def run_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Export:
+def run_export(run_main: Callable[..., tuple[int, str, str]]) -> Export:
     """Run export.py with arguments; return its exit code, output and errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-        code = 0
-        try:
-            run_command(export.main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(run_main, export.main)
 
 
 @pytest.fixture(scope="module", params=[{}, OPENAI], ids=["default", "openai"])

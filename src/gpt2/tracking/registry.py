@@ -197,9 +197,11 @@ def find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | Non
 
 def unchanged_parent(made_from: dict[str, str]) -> ModelVersion | None:
     """Return the version from whose weights a training started, if it ended with them too."""
-    version = find_version(mlflow.MlflowClient(), made_from[MODEL_SHA256])
-    is_parents = version and version.tags.get(PARENT_SHA256) != made_from[MODEL_SHA256]  # else it is of this training
-    return version if is_parents and made_from.get(PARENT_SHA256) == made_from[MODEL_SHA256] else None
+    sha256 = made_from[MODEL_SHA256]
+    if made_from.get(PARENT_SHA256) != sha256:
+        return None
+    version = find_version(mlflow.MlflowClient(), sha256)
+    return version if version and version.tags.get(PARENT_SHA256) != sha256 else None  # else it is of this training
 
 
 def is_lost(version: ModelVersion) -> bool:
