@@ -66,7 +66,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     add("--stop", help="the text ends before this one (default: none)")
     add("--seed", help="repeats a text (default: another one each time)")
     add("--device", help=f"auto, cpu, cuda, cuda:N or mps (default: {defaults.device})")
-    add("--quantize", help=f"none, or int8 for weights that are read faster (default: {defaults.quantize})")
+    add("--quantize", help=f"none, or bfloat16 or int8 for weights that are read faster (default: {defaults.quantize})")
     add("--score", metavar="FILE", help="print the perplexity and bits per byte of a text; - is standard input")
     add("--explain", action="store_true", help="with --score: show the most surprising tokens too")
     arguments = parser.parse_args()

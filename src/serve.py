@@ -74,7 +74,7 @@ def main() -> None:
     add("--max_waiting", help=f"texts that wait while {MAX_SLOTS} others grow (default: {defaults.max_waiting})")
     add("--grace", help=f"seconds for texts to end after Ctrl-C or SIGTERM (default: {defaults.grace:g})")
     add("--device", help=f"auto, cpu, cuda, cuda:N or mps (default: {defaults.device})")
-    add("--quantize", help=f"none, or int8 for weights that are read faster (default: {defaults.quantize})")
+    add("--quantize", help=f"none, or bfloat16 or int8 for weights that are read faster (default: {defaults.quantize})")
     arguments = parser.parse_args()
     given = {name: text for name in Options.model_fields if (text := getattr(arguments, name)) is not None}
     options = check(Options, given, "settings")

@@ -104,7 +104,7 @@ def test_configuration_cut_prompt_time_and_speed_are_reported(run_infer: Infer) 
         (["-p", "a", "--temperature", "hot", "--top_k", "many"], "temperature should be a valid number"),
         (["-p", "a", "--temperature", "hot", "--top_k", "many"], "top_k should be a valid integer"),
         (["-p", "a", "--seed", "[" * 5000], "seed should be"),
-        (["-p", "a", "--quantize", "int4"], "quantize should be 'none' or 'int8'"),
+        (["-p", "a", "--quantize", "int4"], "quantize should be 'none', 'bfloat16' or 'int8'"),
         (["-p", "a", "--max-tokens", "1"], "unrecognized arguments: --max-tokens 1 (did you mean --max_tokens?)"),
         (["-p", "a", "--model", "absent"], "absent does not exist"),
     ],

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from generation.helpers import ROUNDED
 from gpt2.generation.decoder import Decoder
+from gpt2.generation.linear import Quantization
 from gpt2.model.gpt2 import GPT2Model
 
 MakeModel = Callable[..., GPT2Model]
@@ -56,9 +58,10 @@ def test_texts_fill_the_context(make_model: MakeModel) -> None:
     torch.testing.assert_close(found, logits_of(model, [[3, 1, 4, 1]]), atol=1e-5, rtol=1e-5)
 
 
-def test_int8_is_in_the_blocks_and_in_the_head(make_model: MakeModel) -> None:
+@pytest.mark.parametrize("quantization", ROUNDED)
+def test_rounded_weights_are_in_the_blocks_and_in_the_head(make_model: MakeModel, quantization: Quantization) -> None:
     model = make_model(random=True)
-    exact, coarse = Decoder(model, 1), Decoder(model, 1, quantization="int8")
+    exact, coarse = Decoder(model, 1), Decoder(model, 1, quantization=quantization)
     expected, found = (decoder.prefill_hidden_states({0: [3, 1, 4]}) for decoder in (exact, coarse))
     assert 1e-4 < (found - expected).abs().max() < 0.1 * expected.abs().max()
     expected, found = (decoder.logits(expected) for decoder in (exact, coarse))
@@ -70,6 +73,14 @@ def test_int8_is_for_the_cpu(make_model: MakeModel, error_line: Callable[[Callab
     assert "int8 weights are for the CPU (device cpu), not meta" in error_line(
         lambda: Decoder(model, 1, quantization="int8")
     )
+
+
+def test_bfloat16_is_for_hardware_that_has_it(
+    make_model: MakeModel, error_line: Callable[[Callable[[], object]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    model = make_model(random=True)
+    assert "bfloat16 weights would be slow here" in error_line(lambda: Decoder(model, 1, quantization="bfloat16"))
 
 
 def test_where_pytorch_has_no_int8_matmuls_none_are_used(

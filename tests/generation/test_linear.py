@@ -2,19 +2,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2.generation.linear import make_linear
+from generation.helpers import ROUNDED
+from gpt2.generation.linear import Quantization, make_linear
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("gelu", [None, "none", "tanh"])
 @pytest.mark.parametrize("rows", [1, 3, 70])
-def test_packed_weights_map_alike(has_bias: bool, gelu: str | None, rows: int) -> None:
+@pytest.mark.parametrize("quantization", ROUNDED)
+def test_packed_and_rounded_weights_map_alike(
+    has_bias: bool, gelu: str | None, rows: int, quantization: Quantization
+) -> None:
     torch.manual_seed(1)
     weight, x, bias = torch.randn(5, 8), torch.randn(rows, 2, 8), torch.randn(5) if has_bias else None
     expected = F.linear(x, weight, bias)
     expected = expected if gelu is None else F.gelu(expected, approximate=gelu)
     torch.testing.assert_close(make_linear(weight, bias, "none", gelu)(x), expected, atol=2e-6, rtol=1e-5)
-    coarse = make_linear(weight, bias, "int8", gelu)(x)
+    coarse = make_linear(weight, bias, quantization, gelu)(x)
+    assert coarse.dtype == torch.float32
     assert 0 < (coarse - expected).abs().max() < 0.05 * expected.abs().max()
 
 

@@ -1,7 +1,7 @@
 """The trained model arranged for generation: a batch of texts, to each of which a step adds a token.
 
 Query, key and value are one matrix, and all matrices are laid out for generation (linear.py). The logits are
-GPT2Model's, to rounding; int8 changes them a little.
+GPT2Model's, to rounding; bfloat16 and int8 change them a little.
 
 Shapes: B slots, R of them in use, T positions, C d_model, H heads, D head size, V vocabulary.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from gpt2.core.errors import UserError
 from gpt2.data.batches import SeenMask
 from gpt2.generation.cache import KeyValueCache
-from gpt2.generation.linear import Quantization, check_int8, make_linear
+from gpt2.generation.linear import Quantization, check_quantization, make_linear
 from gpt2.model.gpt2 import GPT2Model, TransformerBlock
 from gpt2.model.seen_tokens import SeenTokens
 from gpt2.training.cuda_graph import Function, capture
@@ -27,8 +27,8 @@ class Decoder:
     """Gives the logits of the next token of texts in up to `slots` slots, each of at most max_len tokens.
 
     `seen` (V,) tells which tokens the training text had, if the rows of all others are equal: these are computed once
-    (seen_tokens.py). Raises UserError if those rows differ; or if int8 is asked for and the model is not on the CPU,
-    this PyTorch has no int8 matmuls, or the weights are not finite.
+    (seen_tokens.py). Raises UserError if those rows differ, or if the quantization is not for this machine, the model's
+    device or its weights.
     """
 
     def __init__(
@@ -36,8 +36,7 @@ class Decoder:
     ) -> None:
         self.slots, self._model = slots, model
         self._device = model.output_projection.weight.device
-        if quantization == "int8":
-            check_int8(model)
+        check_quantization(model, quantization)
         self._blocks = [_Block(cast(TransformerBlock, block), quantization) for block in model.transformer_blocks]
         weight = model.output_projection.weight.detach()
         all_seen = np.ones(len(weight), dtype=bool)
