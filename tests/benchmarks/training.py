@@ -3,15 +3,19 @@
 python tests/benchmarks/training.py                 the steps of our training, of transformers' and of a plain loop
 python tests/benchmarks/training.py --time-to-loss  how soon ours has the loss of transformers after 600,000 tokens
 
-Ours is what params.yaml says, from random weights; on a GPU, ours and transformers' are measured compiled too. Every
-contender takes the same batches of the training split (run `dvc repro prepare` first), clips its gradient, drops out
-alike, and has the fused AdamW that ours has. Each measurement is a process of its own;
-nothing else should run meanwhile.
+Ours is what params.yaml says, from random weights. Every contender takes the same batches of the training split (run
+`dvc repro prepare` first), clips its gradient, drops out and chooses its precision alike. The peers have what the best
+users would give them: the fused AdamW that ours has, fused attention, a malloc that keeps freed memory (on a CPU), and
+torch.compile where there is a compiler; "as it comes" is without. They compute whole logits; so does "ours, whole
+vocabulary", without the row that unseen tokens share. Each measurement is a process of its own; nothing else should run
+meanwhile. --quick takes one round of the peers that are tuned and not compiled.
 """
 
 import argparse
 import json
 import math
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -46,6 +50,7 @@ from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.run import build_model, run_training
 
 GPU_STEPS = 50  # are timed together on a GPU
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}  # of glibc
 TOKENS = ROOT / "data" / "tokens"
 PEER_TOKENS, PEER_RATE, PEER_WARMUP = 600_000, 6e-4, 10
 Step = Callable[[int], object]
@@ -55,10 +60,15 @@ class Enough(Exception):  # noqa: N818  # no error
     """Ends our training early."""
 
 
-def ours(params: Params, tokens: dict[str, Tokens], log: Callable[[int, dict[str, float]], None]) -> None:
+def ours(
+    params: Params,
+    tokens: dict[str, Tokens],
+    log: Callable[[int, dict[str, float]], None],
+    whole_vocabulary: bool = False,
+) -> None:
     """Train as the stage does; the log ends it early by raising Enough."""
     model = build_model(model_config(params), params.train, choose_device(params.runtime.device))
-    seen = load_seen(TOKENS / SEEN_TOKENS, VOCAB_SIZE)
+    seen = load_seen(TOKENS / SEEN_TOKENS, VOCAB_SIZE) | whole_vocabulary
     with TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder))
         run_training(model, tokens["train"], tokens["val"], seen, params.train, params.runtime, checkpoints, log)
@@ -71,10 +81,12 @@ def plain(
     batches: TrainingBatches,
     device: torch.device,
     precision: torch.dtype,
+    fused: bool = True,
     steps: int | None = None,
 ) -> Step:
     """The loop that everybody writes: whole logits, cross_entropy, AdamW; a cosine schedule if `steps` is given."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEER_RATE, weight_decay=params.train.weight_decay, fused=True)
+    decay = params.train.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEER_RATE, weight_decay=decay, fused=fused or None)
 
     def step(index: int) -> None:
         torch.manual_seed(index)
@@ -92,26 +104,46 @@ def plain(
     return step
 
 
-def plain_loop(params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype) -> Step:
+def plain_loop(
+    params: Params,
+    batches: TrainingBatches,
+    device: torch.device,
+    precision: torch.dtype,
+    fused: bool = True,
+    compiled: bool = False,
+) -> Step:
     model = build_model(model_config(params), params.train, device).train()
-    return plain(model, model, params, batches, device, precision)
+    called: Any = torch.compile(model) if compiled else model
+    return plain(model, called, params, batches, device, precision, fused)
 
 
 def transformers(
-    params: Params, batches: TrainingBatches, device: torch.device, precision: torch.dtype, compiled: bool = False
+    params: Params,
+    batches: TrainingBatches,
+    device: torch.device,
+    precision: torch.dtype,
+    fused: bool = True,
+    compiled: bool = False,
 ) -> Step:
     model = transformers_model(params, use_cache=False).to(device).train()
     called: Any = torch.compile(model) if compiled else model
-    return plain(model, lambda tokens: called(tokens).logits, params, batches, device, precision)
+    return plain(model, lambda tokens: called(tokens).logits, params, batches, device, precision, fused)
 
 
-OURS: dict[str, dict[str, Any]] = {"ours": {}, "ours, compiled": {"compile": True}}
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, whole vocabulary": {},
+    "ours, compiled": {"compile": True},
+}
 PEERS: dict[str, Callable[..., Step]] = {
+    "transformers, as it comes": partial(transformers, fused=False),
     "transformers": transformers,
     "transformers, compiled": partial(transformers, compiled=True),
+    "plain loop, as it comes": partial(plain_loop, fused=False),
     "plain loop": plain_loop,
+    "plain loop, compiled": partial(plain_loop, compiled=True),
 }
-ONLY_ON_CUDA = {"ours, compiled", "transformers, compiled"}
+QUICK = ("ours", "ours, whole vocabulary", "transformers", "plain loop")
 
 
 def matmul_rate(device: torch.device, precision: torch.dtype) -> float:
@@ -153,7 +185,7 @@ def measure(name: str, steps: int, precision_name: str, batch_size: int | None) 
 
     if name in OURS:
         with suppress(Enough):
-            ours(params, tokens, note)
+            ours(params, tokens, note, "whole vocabulary" in name)
     else:
         step = PEERS[name](params, batches, device, precision)
         for first in range(0, together * (steps + 1), together):
@@ -173,7 +205,7 @@ def measure(name: str, steps: int, precision_name: str, batch_size: int | None) 
         "reading": reading / median,
         "memory": peak_memory_bytes(device),
         "matmul": matmul_rate(device, precision),
-        "logits": len(seen_tokens.ids) if name in OURS else VOCAB_SIZE,
+        "logits": len(seen_tokens.ids),
     }
 
 
@@ -192,27 +224,33 @@ def prepare(precision: str, **changes: Any) -> tuple[Params, torch.device, torch
     return params, device, choose_precision(precision, device), tokens
 
 
-def in_a_process(*arguments: str) -> dict[str, float]:
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+def in_a_process(contender: str, *arguments: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--contender", contender, *arguments]
+    environment = KEEP_MEMORY if contender in PEERS and "as it comes" not in contender else {}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(rounds: int, steps: int, precision: str) -> None:
+def compare(rounds: int, steps: int, precision: str, quick: bool) -> None:
     device = print_setting(precision)
     params = load_params(ROOT / "params.yaml")
     batch_tokens = params.train.batch_size * params.train.sequence_length
-    contenders = [name for name in (*OURS, *PEERS) if device.type == "cuda" or name not in ONLY_ON_CUDA]
-    best = "ours, compiled" if device.type == "cuda" else "ours"
+    best, contenders = "ours", [*OURS, *PEERS]
+    if quick:
+        contenders = [name for name in contenders if name in QUICK]
+    elif device.type == "cuda":
+        best = "ours, compiled"
+    elif not shutil.which("c++"):
+        contenders = [name for name in contenders if "compiled" not in name]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, found in results.items():
-            found.append(in_a_process("--contender", name, "--steps", str(steps), "--precision", precision))
+            found.append(in_a_process(name, "--steps", str(steps), "--precision", precision))
             print(f"  {name}: {batch_tokens / found[-1]['seconds']:,.0f} tokens/s", flush=True)
     larger = str(2 * params.train.batch_size)
-    twice = in_a_process("--contender", best, "--precision", precision, "--batch-size", larger)
+    twice = in_a_process(best, "--precision", precision, "--batch-size", larger)
 
     def median(name: str, key: str) -> float:
         return statistics.median(found[key] for found in results[name])
@@ -260,7 +298,7 @@ def time_to_loss(precision_name: str) -> None:
     steps = round(PEER_TOKENS / (setting.batch_size * setting.sequence_length))
     began = time.perf_counter()
     model = transformers_model(params, use_cache=False).to(device).train()
-    step = plain(model, lambda x: model(x).logits, params, batches, device, precision, steps)
+    step = plain(model, lambda x: model(x).logits, params, batches, device, precision, steps=steps)
     for index in range(steps):
         step(index)
     wait(device)
@@ -288,7 +326,8 @@ def time_to_loss(precision_name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument(
         "--steps", type=int, default=3, help=f"measured in each round; on a GPU {GPU_STEPS} times as many"
     )
@@ -302,7 +341,9 @@ def main() -> None:
     elif arguments.time_to_loss:
         time_to_loss(arguments.precision)
     else:
-        compare(arguments.rounds, arguments.steps, arguments.precision)
+        compare(
+            arguments.rounds or (1 if arguments.quick else 3), arguments.steps, arguments.precision, arguments.quick
+        )
 
 
 if __name__ == "__main__":
