@@ -57,7 +57,7 @@ def split_documents(
     # The order of the hashes stands in for a shuffle: it is the same for the same texts, whatever their names or order.
     # Documents larger than a split should be are taken last, so that the largest stay in train.
     most = max(missing.values(), default=0) * total
-    shuffled = sorted(sizes, key=lambda sha256: (-sizes[sha256] if sizes[sha256] > most else 0, sha256))
+    shuffled = sorted(sorted(sizes), key=lambda sha256: -sizes[sha256] if sizes[sha256] > most else 0)
     is_trained = pool == "train" or all(one.split != "train" for one in documents)
     drawn: dict[bytes, str] = {}
     for place, (name, fraction) in enumerate(missing.items(), start=1):
