@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import ceil, log2
 from pathlib import Path
@@ -35,6 +36,7 @@ sys.path.insert(0, str(ROOT / "src"))
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2.config import OPENAI_SIZES
@@ -136,8 +138,8 @@ def predict(options: argparse.Namespace) -> None:
 def measure(rounds: int) -> None:
     """Print what the same arithmetic predicts for DDP on this machine's CPUs, and what it takes.
 
-    The computation is that of as many processes at once without DDP; the latency and the bandwidth are those of
-    all-reduces by two processes. More processes than CPUs share them. Nothing overlaps: CPUs communicate as well.
+    The computation is that of as many processes at once without all-reduces (`no_sync`); the latency and the bandwidth
+    are those of two processes' all-reduces. More processes than CPUs share them. Nothing overlaps, since CPUs do both.
     """
     cpus = cpu_count()
     print_circumstances(cpus)
@@ -145,7 +147,7 @@ def measure(rounds: int) -> None:
     for _ in range(rounds):
         for processes, runs in found.items():
             with TemporaryDirectory() as folder:
-                torch.multiprocessing.spawn(work, (processes, folder), processes)
+                spawn(work, (processes, folder), processes)
                 runs.append(json.loads(Path(folder, "seconds").read_text()))
     seconds = {processes: [*map(statistics.median, zip(*runs, strict=True))] for processes, runs in found.items()}
     small, large, *_ = seconds[2]
@@ -168,38 +170,41 @@ def measure(rounds: int) -> None:
 
 
 def work(rank: int, processes: int, folder: str) -> None:
-    """As one of so many processes, time all-reduces of a number and of a bucket, and steps without and with DDP."""
+    """As one of so many processes, time in turn all-reduces of a number and of a bucket, and steps without and with."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
-    seconds = [median_seconds(partial(dist.all_reduce, torch.ones(size // FLOAT32))) for size in (FLOAT32, BUCKET)]
+    model = DistributedDataParallel(gpt2(**SHAPE))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    actions = [partial(dist.all_reduce, torch.ones(size // FLOAT32)) for size in (FLOAT32, BUCKET)]
     for sequences in SEQUENCES:
         tokens = torch.randint(VOCAB_SIZE, (2, sequences, SHAPE["max_len"]))
-        for with_ddp in (False, True):
-            model: nn.Module = gpt2(**SHAPE)
-            model = DistributedDataParallel(model) if with_ddp else model
-            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-            seconds.append(median_seconds(partial(train_step, model, optimizer, *tokens)))
+        actions += [partial(train_step, model, optimizer, tokens, context) for context in (model.no_sync, nullcontext)]
+    seconds = [[seconds_of(action) for action in actions] for _ in range(2 + STEPS)][2:]  # two to warm up
     if rank == 0:
-        Path(folder, "seconds").write_text(json.dumps(seconds))
+        Path(folder, "seconds").write_text(json.dumps([*map(statistics.median, zip(*seconds, strict=True))]))
     dist.destroy_process_group()
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor) -> None:
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    context: Callable[[], AbstractContextManager[None]],
+) -> None:
     optimizer.zero_grad()
-    model(inputs, targets).backward()
+    with context():
+        model(*tokens).backward()
     optimizer.step()
 
 
-def median_seconds(step: Callable[[], object]) -> float:
-    """Return the median seconds of a step, after two to warm up."""
-    seconds = []
-    for _ in range(STEPS + 2):
-        dist.barrier()
-        began = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[2:])
+def seconds_of(action: Callable[[], object]) -> float:
+    """Return how long it takes until all processes have done it."""
+    dist.barrier()
+    began = time.perf_counter()
+    action()
+    dist.barrier()
+    return time.perf_counter() - began
 
 
 def main() -> None:
