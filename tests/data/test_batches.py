@@ -1,4 +1,7 @@
 import itertools
+import math
+import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +12,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gpt2.data.batches import (
+    ROUNDS,
     Purpose,
     Shards,
+    TokenArray,
     TrainingBatches,
     load_tokens,
+    permute,
     seed_torch,
     stack_windows,
     validation_batches,
@@ -77,6 +83,91 @@ def test_passes_are_shuffled_anew() -> None:
     starts = [batches(step)[0][:, 0] for step in range(4)]
     assert len({tuple((one - one.min()).tolist()) for one in starts}) == 4
     assert len({int(one.min()) for one in starts}) > 1  # where windows begin shifts too
+
+
+def shuffle(size: int, seed: int) -> np.ndarray:
+    side = math.isqrt(size - 1) + 1
+    return permute(np.arange(size), size, np.random.default_rng(seed).integers(side, size=(ROUNDS, side)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 97, 100, 101, 4096, 65_537])
+def test_shuffle_takes_each_once(size: int) -> None:
+    assert np.array_equal(np.sort(shuffle(size, seed=1)), np.arange(size))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 20])
+def test_shuffle_puts_each_anywhere(size: int) -> None:
+    """Each item is at each place about as often, over many seeds: chi-square, six standard deviations."""
+    seeds, expected = 4000, 4000 / size
+    for at in np.transpose([shuffle(size, seed) for seed in range(seeds)]):
+        chi_square = ((np.bincount(at, minlength=size) - expected) ** 2 / expected).sum()
+        assert chi_square < size - 1 + 6 * math.sqrt(2 * (size - 1))
+    orders = Counter(tuple(shuffle(4, seed).tolist()) for seed in range(seeds))
+    assert len(orders) == 24 and max(orders.values()) < 2 * min(orders.values())
+
+
+@pytest.mark.parametrize("lag", [1, 2, 8, 101])  # 101 is the network's side
+def test_neighbours_in_a_shuffle_are_independent(lag: int) -> None:
+    size, near = 10_007, []
+    for seed in range(20):
+        windows = shuffle(size, seed)
+        assert abs(np.corrcoef(windows[lag:], windows[:-lag])[0, 1]) < 5 / math.sqrt(size)
+        near.append(np.mean(np.abs(windows[lag:] - windows[:-lag]) < size / 100))
+    assert np.mean(near) == pytest.approx(1 - 0.99**2, rel=0.05)  # as for two uniform numbers
+
+
+def test_ranks_read_their_rows_of_the_batch_alone() -> None:
+    class Counted(Shards):
+        reads = 0
+
+        def __getitem__(self, key: slice) -> TokenArray:
+            self.reads += 1
+            return super().__getitem__(key)
+
+    whole = TrainingBatches(counting(1000), 12, 7, seed=1)
+    for step, ranks in itertools.product((0, 5, 11, 30), (1, 2, 4)):  # step 11 has windows of two passes
+        size = 12 // ranks
+        for rank in range(ranks):
+            for rows in (slice(rank * size, (rank + 1) * size), slice(rank, None, ranks)):
+                tokens = Counted([counting(1000)])
+                mine = TrainingBatches(tokens, 12, 7, seed=1)(step, rows)
+                assert all(torch.equal(ours, every[rows]) for ours, every in zip(mine, whole(step), strict=True))
+                assert tokens.reads == size
+
+
+class Places:
+    """Tokens of a file that tell their own place in the split, computed as they are read."""
+
+    def __init__(self, first: int, size: int) -> None:
+        self.first, self.size = first, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, key: slice) -> np.ndarray:
+        start, end, _ = key.indices(self.size)
+        return np.arange(self.first + start, self.first + end, dtype=np.uint64)
+
+
+def test_ten_billion_tokens_take_no_memory() -> None:
+    count, size = 10_000_000_000, 1 << 20
+    tokens = Shards([Places(first, min(size, count - first)) for first in range(0, count, size)])  # type: ignore[misc]
+    tracemalloc.start()
+    batches = TrainingBatches(tokens, 64, 1024, seed=1)
+    last = batches.windows // 64  # has windows of two passes
+    starts, crossing = [], 0
+    for step in [*range(50), last - 1, last, 100 * last]:
+        inputs, targets = batches(step)
+        assert torch.equal(inputs, inputs[:, :1] + torch.arange(1024)) and torch.equal(targets, inputs + 1)
+        starts += inputs[:, 0].tolist() if step < last else []
+        crossing += int((inputs[:, 0] // size != targets[:, -1] // size).sum())
+    inputs, targets = next(validation_batches(tokens, 64, 1024))
+    assert torch.equal(targets.flatten(), torch.arange(1, 64 * 1024 + 1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert batches.windows == 9_765_624 and len(set(starts)) == 51 * 64
+    assert crossing and peak < 6e6
+    assert np.ptp(starts) > 0.99 * count and np.mean(starts) == pytest.approx(count / 2, rel=0.05)
 
 
 def test_batch_across_two_passes_takes_from_both() -> None:

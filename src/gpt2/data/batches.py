@@ -6,6 +6,7 @@ Shapes: B batch, T positions, N tokens of a split.
 """
 
 import itertools
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
@@ -23,6 +24,7 @@ from gpt2.core.files import read_json
 
 TokenArray = NDArray[np.unsignedinteger[Any]]
 SeenMask = NDArray[np.bool_]
+ROUNDS = 8  # of the shuffle: four do for many windows, but not for a few
 
 
 class Shards:
@@ -107,19 +109,40 @@ class TrainingBatches:
             raise UserError(
                 f"the train split has {len(tokens)} tokens, too few for train.sequence_length {sequence_length}"
             )
-        self._pass = lru_cache(maxsize=2)(self._shuffle)
+        self._pass = lru_cache(maxsize=2)(self._draw)
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets, both (B, T) int64, of optimizer step `step` (from 0)."""
-        starts = []
-        for sequence in range(step * self.batch_size, (step + 1) * self.batch_size):
-            order, shift = self._pass(sequence // self.windows)
-            starts.append(int(order[sequence % self.windows]) * self.sequence_length + shift)
-        return stack_windows(self.tokens, starts, self.sequence_length)
+    def __call__(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets, both (B, T) int64, of optimizer step `step` (from 0), or those rows of them."""
+        sequences = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows]
+        passes, places = np.divmod(sequences, self.windows)
+        starts = np.empty_like(places)
+        for number in np.unique(passes):
+            (functions, shift), here = self._pass(int(number)), passes == number
+            starts[here] = permute(places[here], self.windows, functions) * self.sequence_length + shift
+        return stack_windows(self.tokens, starts.tolist(), self.sequence_length)
 
-    def _shuffle(self, index: int) -> tuple[NDArray[np.int64], int]:
-        generator = np.random.default_rng(seed_sequence(self.seed, Purpose.BATCHES, index))
-        return generator.permutation(self.windows), int(generator.integers(self.sequence_length))
+    def _draw(self, number: int) -> tuple[NDArray[np.int64], int]:
+        """Return the random functions and the shift of a pass."""
+        generator = np.random.default_rng(seed_sequence(self.seed, Purpose.BATCHES, number))
+        side = math.isqrt(self.windows - 1) + 1
+        return generator.integers(side, size=(ROUNDS, side)), int(generator.integers(self.sequence_length))
+
+
+def permute(places: NDArray[np.int64], size: int, functions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return what a shuffle of range(size) has at `places`, without a list of it.
+
+    A Feistel network of random functions (rounds, side) permutes range(side ** 2) (Luby & Rackoff 1988), and is
+    repeated for results that are not below size: cycle walking (Black & Rogaway 2002).
+    """
+    permuted, side = places.copy(), functions.shape[1]
+    outside = np.full(len(places), True)
+    while outside.any():
+        left, right = np.divmod(permuted[outside], side)
+        for function in functions:
+            left, right = right, (left + function[right]) % side
+        permuted[outside] = left * side + right
+        outside = permuted >= size
+    return permuted
 
 
 def validation_batches(
@@ -133,9 +156,9 @@ def validation_batches(
     if windows < 1:
         raise UserError(f"the val split has {len(tokens)} tokens, too few for a window of {sequence_length}")
     chosen = min(windows, max_windows or windows)
-    starts = [windows * i // chosen * sequence_length for i in range(chosen)]
-    groups = (starts[i : i + batch_size] for i in range(0, chosen, batch_size))
-    return (stack_windows(tokens, group, sequence_length) for group in groups)
+    groups = (range(first, min(first + batch_size, chosen)) for first in range(0, chosen, batch_size))
+    starts = ([windows * i // chosen * sequence_length for i in group] for group in groups)
+    return (stack_windows(tokens, group, sequence_length) for group in starts)
 
 
 def stack_windows(tokens: Tokens, starts: list[int], length: int) -> tuple[Tensor, Tensor]:
