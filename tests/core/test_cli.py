@@ -31,6 +31,12 @@ def test_success_ends_quietly(capsys: pytest.CaptureFixture[str]) -> None:
         (UserError("no such file"), "error: no such file\n"),
         (UserError("two\n  lines\r\tof\u2028text "), "error: two lines of text\n"),
         (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device\n"),
+        (UserError("a server's \x1b[2J\x07\x9bname"), "error: a server's [2Jname\n"),
+        (
+            UserError("http://me:a/b@c@host:5/ fails; see https://x.org"),
+            "error: http://host:5/ fails; see https://x.org\n",
+        ),
+        (UserError("postgresql://h/db?user=me&password=a&b=c)"), "error: postgresql://h/db?user=me&password=&b=c)\n"),
     ],
 )
 def test_mistake_of_the_user_or_refusal_of_the_system_is_one_line_and_2(

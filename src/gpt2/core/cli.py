@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from gpt2.core.errors import Stopped, UserError
+from gpt2.core.errors import Stopped, UserError, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,5 +100,5 @@ def fail(message: object) -> int:
     """Print an error as one line and return the exit code for it. With GPT2_DEBUG=1 its traceback comes first."""
     if os.environ.get("GPT2_DEBUG") == "1":
         traceback.print_exc()
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
