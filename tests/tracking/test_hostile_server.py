@@ -92,6 +92,8 @@ def server(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setattr(module, "main_root", lambda: root)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2@127.0.0.1:{http.server_port}")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):  # which the store sets
+            monkeypatch.setenv(name, "")
         yield state
         http.shutdown()
     mlflow.set_tracking_uri(None)  # type: ignore[arg-type]

@@ -140,6 +140,8 @@ def test_the_address_of_the_charts_is_of_the_store_in_use(store: Path, monkeypat
     assert charts_address("1") == f"`mlflow ui`, then http://127.0.0.1:5000/{page}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
     assert charts_address("1").startswith('`mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"`')
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):  # which it sets
+        monkeypatch.setenv(name, "")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@example.com:8080/mlflow/")
     assert charts_address("1") == f"https://example.com:8080/mlflow/{page}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@example.com/db")

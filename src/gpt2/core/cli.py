@@ -33,11 +33,13 @@ def run_command(main: Callable[[], None]) -> None:
     SIGTERM ends it with 143, and what main has opened is closed. If the reader of its output has left, e.g. `head`,
     it ends silently with 141, as SIGPIPE would. With GPT2_DEBUG=1 in the environment, an error's traceback comes first.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it is closed; print would take the other one
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main()
-        if sys.stdout:  # it may be closed
-            sys.stdout.flush()
+        sys.stdout.flush()
     except Stopped as stopped:
         _write_error(f"{stopped}\n")
         sys.exit(stopped.exit_code)
