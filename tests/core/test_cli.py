@@ -65,13 +65,16 @@ def test_debugging_shows_the_traceback_too(capsys: pytest.CaptureFixture[str], m
             "unrecognized arguments: --promt=a --max_token 5 -x (did you mean --prompt --max_tokens?); see --help",
         ),
         (["--zzz"], "unrecognized arguments: --zzz; see --help"),
+        (["-p", "a", "-max_tokens=5"], "-max_tokens=5 has one dash: write --max_tokens=5; see --help"),
         (["--prompt"], "argument -p/--prompt: expected one argument; see --help"),
     ],
 )
 def test_an_unknown_option_is_told_the_nearest(arguments: list[str], message: str) -> None:
     parser = Parser(allow_abbrev=False)
     parser.add_argument("-p", "--prompt")
+    parser.add_argument("-m", "--model")
     parser.add_argument("--max_tokens")
+    assert parser.parse_args(["-p", "-5", "-max_token"]).model == "ax_token"
     with pytest.raises(UserError) as caught:
         parser.parse_args(arguments)
     assert str(caught.value) == message

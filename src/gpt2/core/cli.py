@@ -10,13 +10,20 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gpt2.core.errors import Stopped, UserError, one_line
 
 
 class Parser(argparse.ArgumentParser):
     """An argparse whose errors are the project's one line."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, but refuse a long option with one dash, which argparse takes for a short one and its value."""
+        for word in sys.argv[1:] if args is None else args:
+            if not word.startswith("--") and f"-{word.partition('=')[0]}" in self._option_string_actions:
+                self.error(f"{word} has one dash: write -{word}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError, with the nearest option for each one that is unknown."""
