@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch._inductor import cpp_builder
 
 from gpt2.core.cli import Parser, run_command, stop_requests
 from gpt2.core.errors import Stopped, UserError
@@ -104,6 +105,17 @@ def test_no_memory_is_one_line(capsys: pytest.CaptureFixture[str], error: Except
     assert ended.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: there is not enough memory") and len(printed.splitlines()) == 1
+
+
+def test_no_compiler_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        monkeypatch.setattr(cpp_builder.config.cpp, "cxx", (None, "/absent"))
+        cpp_builder.get_cpp_compiler()
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: train.compile needs a C++ compiler, such as g++, or must be false\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

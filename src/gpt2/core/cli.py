@@ -60,6 +60,10 @@ def run_command(main: Callable[[], None]) -> None:
     except MemoryError:
         sys.exit(fail("there is not enough memory"))
     except RuntimeError as error:
+        if re.search(
+            r"No working C\+\+ compiler|Failed to find C compiler", str(error)
+        ):  # PyTorch's words, and Triton's
+            sys.exit(fail("train.compile needs a C++ compiler, such as g++, or must be false"))
         if "allocate" not in str(error) and "out of memory" not in str(error):  # PyTorch's words for no memory
             raise
         sys.exit(fail(f"there is not enough memory: {str(error).splitlines()[0]}"))
