@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch._inductor import cpp_builder
+from torch._inductor import config, cpp_builder
 
 from gpt2.core.cli import Parser, run_command, stop_requests
 from gpt2.core.errors import Stopped, UserError
@@ -109,7 +109,7 @@ def test_no_memory_is_one_line(capsys: pytest.CaptureFixture[str], error: Except
 
 def test_no_compiler_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def main() -> None:
-        monkeypatch.setattr(cpp_builder.config.cpp, "cxx", (None, "/absent"))
+        monkeypatch.setattr(config.cpp, "cxx", (None, "/absent"))
         cpp_builder.get_cpp_compiler()
 
     with pytest.raises(SystemExit) as ended:

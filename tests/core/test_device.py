@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -53,7 +54,7 @@ def test_nor_what_cannot_fit_into_the_memory_of_a_container(
     error_line: ErrorLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, gigabytes: int
 ) -> None:
     monkeypatch.setattr(device, "CGROUP_LIMIT", tmp_path / "memory.max")
-    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: SimpleNamespace(total=5 * 10**9))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=5 * 10**9))
     if limit:
         (tmp_path / "memory.max").write_text(limit)
     line = error_line(lambda: check_memory(6 * 10**9, torch.device("cpu")))

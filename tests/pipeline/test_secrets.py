@@ -52,7 +52,12 @@ def test_no_password_is_logged_or_printed(
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
-    with running([*command, *stores], tmp_path, environment, f"http://127.0.0.1:{port}"):
+    with running(
+        [*command, *stores],
+        tmp_path,
+        environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        f"http://127.0.0.1:{port}",
+    ):
         told = run(0)
     assert "gpt2 version 1 is champion" in told and SECRET not in told
     assert list(tmp_path.glob("artifacts/**/model.safetensors")) and not holders(tmp_path)

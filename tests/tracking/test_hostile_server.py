@@ -182,7 +182,7 @@ def test_a_source_elsewhere_is_refused(server: Server, tmp_path: Path, error_lin
     assert not kept(tmp_path)
 
 
-def test_a_lineage_that_is_none_tells_no_commands(server: Server, error_line: ErrorLine) -> None:
+def test_a_lineage_that_is_none_tells_no_commands(server: Server, error_line: ErrorLine, tmp_path: Path) -> None:
     lineage = {"commit": "abc", "diff": "", "prepare": {"source": "sotu"}, "files": {"data/tokens/train.bin": "5" * 64}}
     version, names = server.answers["model-versions/get"]["model_version"], (STRIDE, VAL_LOSS, TEST_LOSS, RUN_ID)
     version["tags"] += [{"key": name, "value": "1"} for name in (*names, ENVIRONMENT, THREADS)]
@@ -190,7 +190,7 @@ def test_a_lineage_that_is_none_tells_no_commands(server: Server, error_line: Er
     server.files |= {"artifacts/params.yaml": b"{}", "artifacts/lineage.json": json.dumps(lineage).encode()}
     told = provenance("models:/gpt2/1")
     assert "git -C" in told and " 'models:/gpt2;reboot/1'/artifacts/params.yaml " in told
-    [file] = Path(registry.main_root()).glob(".cache/models/*/artifacts/lineage.json")
+    [file] = tmp_path.glob("a/b/checkout/.cache/models/*/artifacts/lineage.json")
     for commit in ("; reboot", "$(reboot)", "--orphan", "abc\nreboot"):
         write_json(file, lineage | {"commit": commit})
         told = provenance("models:/gpt2/1")

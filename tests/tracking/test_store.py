@@ -142,8 +142,9 @@ def test_the_address_of_the_charts_is_of_the_store_in_use(store: Path, monkeypat
     assert charts_address("1").startswith('`mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"`')
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):  # which it sets
         monkeypatch.setenv(name, "")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@example.com:8080/mlflow/")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:se%2Fcret@example.com:8080/mlflow/")
     assert charts_address("1") == f"https://example.com:8080/mlflow/{page}"
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "se/cret")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@example.com/db")
     assert repair() == "nothing to repair: postgresql://example.com/db is not an SQLite database"
 
