@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch._inductor import config, cpp_builder
 
 from gpt2.core.cli import Parser, run_command, stop_requests
 from gpt2.core.errors import Stopped, UserError
@@ -31,6 +32,12 @@ def test_success_ends_quietly(capsys: pytest.CaptureFixture[str]) -> None:
         (UserError("no such file"), "error: no such file\n"),
         (UserError("two\n  lines\r\tof\u2028text "), "error: two lines of text\n"),
         (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device\n"),
+        (UserError("a server's \x1b[2J\x07\x9bname"), "error: a server's [2Jname\n"),
+        (
+            UserError("http://me:a/b@c@host:5/ fails; see https://x.org"),
+            "error: http://host:5/ fails; see https://x.org\n",
+        ),
+        (UserError("postgresql://h/db?user=me&password=a&b=c)"), "error: postgresql://h/db?user=me&password=&b=c)\n"),
     ],
 )
 def test_mistake_of_the_user_or_refusal_of_the_system_is_one_line_and_2(
@@ -59,13 +66,16 @@ def test_debugging_shows_the_traceback_too(capsys: pytest.CaptureFixture[str], m
             "unrecognized arguments: --promt=a --max_token 5 -x (did you mean --prompt --max_tokens?); see --help",
         ),
         (["--zzz"], "unrecognized arguments: --zzz; see --help"),
+        (["-p", "a", "-max_tokens=5"], "-max_tokens=5 has one dash: write --max_tokens=5; see --help"),
         (["--prompt"], "argument -p/--prompt: expected one argument; see --help"),
     ],
 )
 def test_an_unknown_option_is_told_the_nearest(arguments: list[str], message: str) -> None:
     parser = Parser(allow_abbrev=False)
     parser.add_argument("-p", "--prompt")
+    parser.add_argument("-m", "--model")
     parser.add_argument("--max_tokens")
+    assert parser.parse_args(["-p", "-5", "-max_token"]).model == "ax_token"
     with pytest.raises(UserError) as caught:
         parser.parse_args(arguments)
     assert str(caught.value) == message
@@ -95,6 +105,17 @@ def test_no_memory_is_one_line(capsys: pytest.CaptureFixture[str], error: Except
     assert ended.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: there is not enough memory") and len(printed.splitlines()) == 1
+
+
+def test_no_compiler_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        monkeypatch.setattr(config.cpp, "cxx", (None, "/absent"))
+        cpp_builder.get_cpp_compiler()
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: train.compile needs a C++ compiler, such as g++, or must be false\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

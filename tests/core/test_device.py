@@ -3,10 +3,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
+from gpt2.core import device
 from gpt2.core.device import (
     check_memory,
     choose_device,
@@ -44,6 +47,18 @@ def test_what_cannot_fit_into_memory_is_refused(error_line: ErrorLine) -> None:
     check_memory(10**6, torch.device("cpu"))
     check_memory(10**18, torch.device("cuda"))  # tells so itself
     assert "need at least 1,000,000,000 GB" in error_line(lambda: check_memory(10**18, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(("limit", "gigabytes"), [("3000000000\n", 3), ("max\n", 5), (None, 5)])
+def test_nor_what_cannot_fit_into_the_memory_of_a_container(
+    error_line: ErrorLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, gigabytes: int
+) -> None:
+    monkeypatch.setattr(device, "CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=5 * 10**9))
+    if limit:
+        (tmp_path / "memory.max").write_text(limit)
+    line = error_line(lambda: check_memory(6 * 10**9, torch.device("cpu")))
+    assert line.endswith(f"this machine has {gigabytes} GB\n")
 
 
 def test_auto_computes_more_at_once_on_gpus() -> None:

@@ -159,6 +159,13 @@ def test_nor_where_what_it_started_from_is_not_known(registry: Registry) -> None
     assert "version 2 is not champion: it cannot be compared with version 1 (what the model that it started" in said
 
 
+def test_nor_where_a_store_lets_two_models_start_from_each_other(registry: Registry) -> None:
+    registry.choose(first := registry.make(9, 5.0))
+    second = registry.make(1, 4.0, **{PARENT_SHA256: first.tags[MODEL_SHA256]})
+    registry.client.set_model_version_tag(registry.name, "1", PARENT_SHA256, second.tags[MODEL_SHA256])
+    assert "version 2 is champion: validation loss 4.0000 is below" in registry.choose(second)
+
+
 def test_a_version_whose_training_improves_nothing_stays_what_it_is(registry: Registry) -> None:
     first = registry.make(9, 5.0)
     made_from = {MODEL_SHA256: first.tags[MODEL_SHA256]}

@@ -182,6 +182,13 @@ def test_mlflows_server_takes_params_beside_a_prompt_and_csv(served: PyFuncModel
     assert invoke(served, "prompt\nThe war\n", "text/csv") == {"predictions": [{"text": default}]}
 
 
+@pytest.mark.parametrize("inputs", [*SHAPES, {"prompt": "The war"}], ids=json.dumps)
+def test_null_is_not_the_text_none(served: PyFuncModel, inputs: dict[str, Any]) -> None:
+    with pytest.raises(MlflowException, match="a prompt is no text") as caught:
+        invoke(served, json.dumps(inputs).replace('"The war"', "null"))
+    assert caught.value.get_http_status_code() == 400
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

@@ -25,7 +25,7 @@ from gpt2.core.files import write_json, write_text
 from gpt2.data.tokenizer import VOCAB_SIZE
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import save_model
-from gpt2.tracking.store import PATH_COLUMNS, charts_address, open_store
+from gpt2.tracking.store import PATH_COLUMNS, charts_address, open_store, repair
 
 REPOSITORY = Path(__file__).parents[2]
 NOBODY = 65534
@@ -140,8 +140,13 @@ def test_the_address_of_the_charts_is_of_the_store_in_use(store: Path, monkeypat
     assert charts_address("1") == f"`mlflow ui`, then http://127.0.0.1:5000/{page}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
     assert charts_address("1").startswith('`mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"`')
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@example.com:8080/mlflow/")
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):  # which it sets
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:se%2Fcret@example.com:8080/mlflow/")
     assert charts_address("1") == f"https://example.com:8080/mlflow/{page}"
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "se/cret")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@example.com/db")
+    assert repair() == "nothing to repair: postgresql://example.com/db is not an SQLite database"
 
 
 def contents(root: Path) -> dict[Path, tuple[int, bytes]]:

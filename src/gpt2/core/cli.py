@@ -10,13 +10,20 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from gpt2.core.errors import Stopped, UserError
+from gpt2.core.errors import Stopped, UserError, one_line
 
 
 class Parser(argparse.ArgumentParser):
     """An argparse whose errors are the project's one line."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, but refuse a long option with one dash, which argparse takes for a short one and its value."""
+        for word in sys.argv[1:] if args is None else args:
+            if not word.startswith("--") and f"-{word.partition('=')[0]}" in self._option_string_actions:
+                self.error(f"{word} has one dash: write -{word}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError, with the nearest option for each one that is unknown."""
@@ -33,11 +40,13 @@ def run_command(main: Callable[[], None]) -> None:
     SIGTERM ends it with 143, and what main has opened is closed. If the reader of its output has left, e.g. `head`,
     it ends silently with 141, as SIGPIPE would. With GPT2_DEBUG=1 in the environment, an error's traceback comes first.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it is closed; print would take the other one
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main()
-        if sys.stdout:  # it may be closed
-            sys.stdout.flush()
+        sys.stdout.flush()
     except Stopped as stopped:
         _write_error(f"{stopped}\n")
         sys.exit(stopped.exit_code)
@@ -51,6 +60,10 @@ def run_command(main: Callable[[], None]) -> None:
     except MemoryError:
         sys.exit(fail("there is not enough memory"))
     except RuntimeError as error:
+        if re.search(
+            r"No working C\+\+ compiler|Failed to find C compiler", str(error)
+        ):  # PyTorch's words, and Triton's
+            sys.exit(fail("train.compile needs a C++ compiler, such as g++, or must be false"))
         if "allocate" not in str(error) and "out of memory" not in str(error):  # PyTorch's words for no memory
             raise
         sys.exit(fail(f"there is not enough memory: {str(error).splitlines()[0]}"))
@@ -100,5 +113,5 @@ def fail(message: object) -> int:
     """Print an error as one line and return the exit code for it. With GPT2_DEBUG=1 its traceback comes first."""
     if os.environ.get("GPT2_DEBUG") == "1":
         traceback.print_exc()
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2

@@ -2,6 +2,8 @@
 
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -11,6 +13,7 @@ from joblib import cpu_count
 from gpt2.core.errors import UserError
 
 MICRO_BATCH_SIZE, GPU_MICRO_BATCH_SIZE = 4, 32  # sequences: few enough for a processor's cache, enough to fill a GPU
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes
 ALIGNED_COLUMNS = 64  # matrices whose rows begin at multiples of this are multiplied up to twice as fast
 
 
@@ -76,8 +79,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def check_memory(needed_bytes: int, device: torch.device) -> None:
-    """Raise UserError if the machine has less memory than that; a GPU tells so itself."""
+    """Raise UserError if the machine, or its container, has less memory than that; a GPU tells so itself."""
     total_bytes = psutil.virtual_memory().total
+    with suppress(OSError, ValueError):  # there is no such file, or no limit, which is the word "max"
+        total_bytes = min(total_bytes, int(CGROUP_LIMIT.read_text()))
     if device.type == "cpu" and needed_bytes > total_bytes:
         raise UserError(
             f"this model and batch need at least {needed_bytes / 1e9:,.0f} GB to train; "

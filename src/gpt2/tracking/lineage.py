@@ -158,10 +158,14 @@ def _environment(device: torch.device) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """Return what a git command prints; nothing outside git."""
+    """Return what a git command prints; nothing outside git. The repository may be another user's, as is the code."""
     try:
         return subprocess.check_output(
-            ["git", *arguments], cwd=ROOT, text=True, errors="replace", stderr=subprocess.DEVNULL
+            ["git", "-c", "safe.directory=*", *arguments],
+            cwd=ROOT,
+            text=True,
+            errors="replace",
+            stderr=subprocess.DEVNULL,
         )
     except (OSError, subprocess.CalledProcessError):
         return ""

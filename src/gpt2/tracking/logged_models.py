@@ -47,7 +47,7 @@ def log_model(name: str, artifacts: Sequence[Path], step: int, model_sha256: str
     return mlflow.pyfunc.log_model(
         name=name,
         python_model=str(Path(__file__).with_name("model_code.py")),
-        artifacts={path.stem: str(path) for path in artifacts},
+        artifacts={path.stem: path.as_uri() for path in artifacts},  # MLflow takes a path for a URI
         code_paths=[str(Path(__file__).parents[1])],
         signature=SIGNATURE,
         input_example=example,

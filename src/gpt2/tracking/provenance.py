@@ -1,5 +1,7 @@
 """Where a registered model came from, and how to make it again."""
 
+import re
+import shlex
 from typing import Any
 
 import mlflow
@@ -7,6 +9,7 @@ import yaml
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from gpt2.core.errors import UserError
 from gpt2.core.files import read_json
 from gpt2.core.paths import LINEAGE, PARAMS
 from gpt2.evaluation.perplexity import perplexity
@@ -24,6 +27,13 @@ def provenance(uri: str) -> str:
 
     A version tells this by its own tags and files: its run may be deleted.
     """
+    try:
+        return _provenance(uri)
+    except (LookupError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"what {uri} was made from cannot be read: {error!r}") from None
+
+
+def _provenance(uri: str) -> str:
     with open_version(uri) as version:
         client, tags, folder = mlflow.MlflowClient(), version.tags, artifacts_folder(version)
         lineage = read_json(folder / LINEAGE.name)
@@ -55,11 +65,11 @@ def provenance(uri: str) -> str:
 
 def reproduction(version: ModelVersion, lineage: Lineage) -> str:
     """Return the shell commands that make a version's weights again, in a clone beside the main checkout."""
-    if not lineage["commit"]:
+    if not re.fullmatch("[0-9a-f]+", lineage["commit"]):  # a store may tell anything, and this goes to a shell
         return "# It was made outside git, so there is no commit to make it again from."
     parent = version.tags.get(PARENT, "")
     clone = f"../gpt2-{version.tags[MODEL_SHA256][:8]}"
-    download = f"mlflow artifacts download --dst-path {clone} --artifact-uri {uri_of(version)}/artifacts"
+    download = f"mlflow artifacts download --dst-path {clone} --artifact-uri {shlex.quote(uri_of(version))}/artifacts"
     apply = f"""python3 -c "import json; print(end=json.load(open('artifacts/{LINEAGE.name}'))['diff'])" | git apply"""
     lines = [
         "# To make it again, on the same machine:",

@@ -82,35 +82,50 @@ def fetch_model(uri: str) -> Path:
     """
     with _open_store(uri):
         if checkpoint := _checkpoint_at(uri):
-            tags, folder = checkpoint.tags, _local_artifacts(checkpoint.artifact_location, checkpoint.model_id, uri)
-        else:
-            version = _version_at(mlflow.MlflowClient(), uri)
-            tags, folder = version.tags, artifacts_folder(version)
-    if read_config(folder / MODEL.name)[1] != tags[MODEL_SHA256]:
-        raise UserError(f"{folder / MODEL.name} does not hold the weights that were registered as {uri}")
-    return folder / MODEL.name
+            return _local_artifacts(checkpoint.artifact_location, checkpoint.tags, uri, "step-") / MODEL.name
+        return artifacts_folder(_version_at(mlflow.MlflowClient(), uri)) / MODEL.name
 
 
 def artifacts_folder(version: ModelVersion) -> Path:
-    """Return where a version's files are on this machine: in the store, or in a copy that is kept here."""
+    """Return where a version's files are on this machine: in the store, or in a copy that is kept here.
+
+    Raises UserError if its model is missing, or another SHA-256 is recorded in it than was registered.
+    """
     source = mlflow.MlflowClient().get_model_version_download_uri(version.name, version.version)
-    return _local_artifacts(source, version.tags[MODEL_SHA256], uri_of(version))
+    return _local_artifacts(source, version.tags, uri_of(version))
 
 
-def _local_artifacts(source: str, name: str, uri: str) -> Path:
+def _local_artifacts(source: str, tags: dict[str, str], uri: str, prefix: str = "") -> Path:
+    if not is_ours(tags):
+        raise UserError(f"another program has made {uri}")
     if local := get_local_path_or_none(source):
         folder = Path(local).resolve() / "artifacts"
         if not folder.exists():
             withdraw_receipt()  # the next `dvc repro` registers what can be registered again
+        _check_recorded(folder, tags, uri)
         return folder
-    kept = main_root() / ".cache" / "models" / name
+    kept = main_root() / ".cache" / "models" / f"{prefix}{tags[MODEL_SHA256]}"
     with file_lock(kept.with_suffix(".lock"), f"another process downloads {uri}"):
         if not kept.exists():
             with atomic_write(kept) as partial:
                 partial.mkdir()
-                get_artifact_repository(source).download_artifacts("", str(partial))
-                read_config(partial / "artifacts" / MODEL.name)  # files lost in the store download as nothing
+                try:
+                    get_artifact_repository(source).download_artifacts("", str(partial))
+                except Exception as error:  # whatever the driver of a storage raises
+                    raise UserError(f"{uri} cannot be downloaded from {source} ({error})") from None
+                _check_recorded(partial / "artifacts", tags, uri)
+                load_model(partial / "artifacts" / MODEL.name)  # compares the SHA-256 of its files
     return kept / "artifacts"
+
+
+def is_ours(tags: dict[str, str]) -> bool:
+    """Tell by what the store says of a model if this project has made it: by a SHA-256, which also names a folder."""
+    return bool(re.fullmatch("[0-9a-f]{64}", tags.get(MODEL_SHA256, "")))
+
+
+def _check_recorded(folder: Path, tags: dict[str, str], uri: str) -> None:
+    if read_config(folder / MODEL.name)[1] != tags[MODEL_SHA256]:
+        raise UserError(f"{folder / MODEL.name} does not hold the weights that were registered as {uri}")
 
 
 def verify(uri: str) -> str:
@@ -158,7 +173,7 @@ def _checkpoint_at(uri: str) -> LoggedModel | None:
         model = models[0]
     else:
         return None
-    if not re.fullmatch("[0-9a-f]{64}", model.tags.get(MODEL_SHA256, "")):
+    if not is_ours(model.tags):
         raise MlflowException("another program has logged it", RESOURCE_DOES_NOT_EXIST)
     return model
 
@@ -177,7 +192,7 @@ def _version_at(client: mlflow.MlflowClient, uri: str) -> ModelVersion:
         message = "give a version or an alias, e.g. models:/gpt2/1 or models:/gpt2@champion"
         raise MlflowException.invalid_parameter_value(message)
     version = client.get_model_version(*named)
-    if not re.fullmatch("[0-9a-f]{64}", version.tags.get(MODEL_SHA256, "")):  # it also names a folder
+    if not is_ours(version.tags):
         raise MlflowException("another program has registered it", RESOURCE_DOES_NOT_EXIST)
     return version
 

@@ -17,7 +17,7 @@ from mlflow.entities import Metric, Run
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 
 from gpt2.config import Params, SamplingParams
-from gpt2.core.errors import UserError
+from gpt2.core.errors import UserError, one_line
 from gpt2.core.files import read_json, sha256_of
 from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, PLOTS, RECEIPT, REPORT, SAMPLES, TOKENS, experiment_name
 from gpt2.tracking.datasets import split_datasets
@@ -96,8 +96,8 @@ def training_run(params: Params, lineage: Lineage) -> Iterator[tuple[LogMetrics,
         try:
             return action()
         except Exception as error:  # also what a database's driver may raise
-            message = " ".join(str(error).split())
-            print(f"warning: MLflow's store fails, so training continues without it ({message})", file=sys.stderr)
+            told = one_line(f"warning: MLflow's store fails, so training continues without it ({error})")
+            print(told, file=sys.stderr)
             tracker = None
 
     def log_metrics(step: int, metrics: dict[str, float]) -> None:

@@ -96,7 +96,15 @@ def _expected_inputs() -> list[str]:
 
 
 def refuse_unknown_fields(body: str | dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Raise MlflowException where MLflow's server would drop a field of a request without a word."""
-    if unknown := sorted(scoring_server._decode_json_input(body).keys() - FIELDS):
+    """Raise MlflowException where MLflow's server would drop a field of a request, or take null for the text "None"."""
+    fields = scoring_server._decode_json_input(body)
+    if unknown := sorted(fields.keys() - FIELDS):
         raise MlflowException.invalid_parameter_value(f"Found unknown fields {unknown} beside {sorted(FIELDS)}")
+    if _has_null([value for name, value in fields.items() if name in scoring_server.SUPPORTED_FORMATS]):
+        raise MlflowException.invalid_parameter_value("a prompt is no text, but null")
     return split_data_and_params(body)
+
+
+def _has_null(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return value is None or any(map(_has_null, inner))

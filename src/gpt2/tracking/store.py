@@ -13,9 +13,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import mlflow
+from google.protobuf.json_format import ParseError
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.file_utils import local_file_uri_to_path
@@ -23,7 +24,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE as NOTE
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from gpt2.core.errors import UserError
+from gpt2.core.errors import UserError, one_line
 from gpt2.core.files import file_lock
 from gpt2.core.paths import RECEIPT, ROOT, main_root
 
@@ -62,7 +63,7 @@ PATH_COLUMNS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error)
+STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, ParseError)  # the last of a server that is none
 
 
 def store_lock() -> AbstractContextManager[None]:
@@ -105,10 +106,8 @@ def charts_address(experiment_id: str) -> str:
     uri, database = _locate()
     view = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={VIEW}"
     page = f"#/experiments/{experiment_id}/runs?{view}"
-    server = urlsplit(uri)
-    if server.scheme in ("http", "https"):
-        shown = server._replace(netloc=server.netloc.rpartition("@")[2])  # without a password
-        return f"{shown.geturl().rstrip('/')}/{page}"
+    if uri.startswith("http"):
+        return f"{uri.rstrip('/')}/{page}"
     is_default = database == main_root() / "mlflow.db"
     command = "mlflow ui" if is_default else 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
     return f"`{command}`, then http://127.0.0.1:5000/{page}"
@@ -147,7 +146,7 @@ def repair() -> str:
     """Mend the paths of a moved store; return what was done, in one line. Raises UserError."""
     uri, database = _locate()
     if database is None:
-        return f"nothing to repair: {uri} is not an SQLite database"
+        return one_line(f"nothing to repair: {uri} is not an SQLite database")
     try:
         with store_lock():
             count = mend_paths(database, database.parent)
@@ -186,6 +185,10 @@ def mend_paths(database: Path, root: Path) -> int:
 def _locate() -> tuple[str, Path | None]:
     """Return the store's URI, and the path of its database if that is an SQLite file."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("http") and "@" in (server := urlsplit(uri)).netloc:  # MLflow prints the address as it is
+        names = ("MLFLOW_TRACKING_USERNAME", server.username), ("MLFLOW_TRACKING_PASSWORD", server.password)
+        os.environ.update({name: unquote(value or "") for name, value in names})
+        uri = server._replace(netloc=server.netloc.rpartition("@")[2]).geturl()
     if not uri.startswith("sqlite"):
         return uri, None
     # A relative path counts from the main checkout: DVC deletes the folder in which an experiment runs.
