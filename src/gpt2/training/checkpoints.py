@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gpt2.core.errors import UserError
 from gpt2.core.files import delete, file_lock, publish, sha256_of
 from gpt2.model.weights import save_tensors
+from gpt2.training import distributed
 
 KEPT = 2  # the newest may be found damaged
 FINISHED = "finished"  # the folder of the training that register has seen last
@@ -54,6 +55,8 @@ class Checkpoints:
         `best` are the weights of the lowest validation loss, by name. Raises OSError; the checkpoints before are intact
         then.
         """
+        if not distributed.is_first():
+            return
         written = self.folder / "partial"
         named = _tensors(model, optimizers) | {f"best/{name}": weight for name, weight in (best or {}).items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
@@ -74,14 +77,12 @@ class Checkpoints:
 
         Damaged ones are deleted, with a warning, so that they do not take the place of good ones among those kept.
         """
-        for path in self._files():
-            if _is_whole(path):
-                _load(path, model, optimizers, {} if best is None else best)
-                with safe_open(path, framework="pt") as file:
-                    return _step_of(path), json.loads(file.metadata()[NOTES])
-            print(f"warning: {path} is damaged; it is skipped and deleted", file=sys.stderr, flush=True)
-            delete(path)
-        return None
+        path = distributed.from_first(self._newest_whole)
+        if path is None:
+            return None
+        _load(path, model, optimizers, {} if best is None else best)
+        with safe_open(path, framework="pt") as file:
+            return _step_of(path), json.loads(file.metadata()[NOTES])
 
     def last(self) -> str:
         """Say where the last checkpoint is."""
@@ -136,6 +137,14 @@ class Checkpoints:
     @property
     def _lock(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.lock")
+
+    def _newest_whole(self) -> Path | None:
+        for path in self._files():
+            if _is_whole(path):
+                return path
+            print(f"warning: {path} is damaged; it is skipped and deleted", file=sys.stderr, flush=True)
+            delete(path)
+        return None
 
     def _files(self) -> list[Path]:
         """All checkpoints, the newest first."""

@@ -15,10 +15,10 @@ from gpt2.data.batches import Purpose, SeenMask, Tokens, seed_torch
 from gpt2.model.gpt2 import GPT2Model, MultiHeadAttention
 from gpt2.model.seen_tokens import SeenTokens
 from gpt2.model.weights import shapes_only
+from gpt2.training import distributed
 from gpt2.training.attention import causal_attention
 from gpt2.training.bigrams import initialize_from_bigrams
 from gpt2.training.checkpoints import Checkpoints
-from gpt2.training.cuda_graph import capture
 from gpt2.training.history import History, LogMetrics, LogWeights
 from gpt2.training.loss import FusedCrossEntropy
 from gpt2.training.trainer import Trainer, train, validate
@@ -51,11 +51,11 @@ def check_shape(config: ModelConfig, given: ModelConfig, name: str) -> None:
         raise UserError(f"train.init_from {name} has another shape: set {', '.join(changes)}".replace('"', ""))
 
 
-def take_weights(model: GPT2Model, given: GPT2Model) -> None:
-    """Give a model the weights of one of the same shape; of its positions, the first."""
-    weights = given.state_dict()
-    weights["position_embedding.weight"] = weights["position_embedding.weight"][: model.max_len]
-    model.load_state_dict(weights)
+def take_weights(model: GPT2Model, given: GPT2Model | None) -> None:
+    """Give a model the weights of one of the same shape, which the first process has; of its positions, the first."""
+    for name, parameter in model.named_parameters():
+        whole = given.get_parameter(name).data[: len(parameter)] if given else None
+        distributed.fill(parameter, whole)
 
 
 def run_training(
@@ -99,11 +99,12 @@ def run_training(
             start = 0
             print("starting at step 0: there is no checkpoint of this training", flush=True)
             initialize(model, train_tokens, seen_tokens, params)
+            distributed.share(model)
             validate(trainer, log, 0)
-        if device.type == "cuda" and not log.is_over(start):
-            trainer.gradients = capture(trainer.compute_gradients, *(x.to(device) for x in trainer.batches(start)))
+        if device.type == "cuda" and distributed.world_size() == 1 and not log.is_over(start):
+            trainer.capture(start)
     with stop_requests() as stop_signal:
-        train(trainer, log, start, stop_signal, log_weights)
+        train(trainer, log, start, distributed.agreed(stop_signal), log_weights)
     if log.steps < params.max_steps:
         print(f"stopped early after step {log.steps}: the lowest val/loss is that of step {log.best_step}", flush=True)
     model.load_state_dict(trainer.best, strict=False)  # none, if the last are kept

@@ -1,0 +1,225 @@
+"""A training in several processes, which torchrun starts; without it every function here does nothing.
+
+Each process computes its rows of the same global batch. Where the model is sharded (FSDP2), each holds a part of each
+weight, of its gradient and of its optimizer's state. The first process alone writes files and talks to people.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from datetime import timedelta
+from functools import cache
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt2.config import TrainParams
+from gpt2.core.errors import UserError
+from gpt2.model.gpt2 import GPT2Model
+
+TIMEOUT = timedelta(days=1)  # the first process may wait for a lock, write to a slow disk, or ask MLflow's server
+GRACE_SECONDS = 2  # in which the process that failed first says why, and closes its run in MLflow
+SAVING_SECONDS = 600  # that a signal leaves for the last step and its checkpoint
+
+Value = TypeVar("Value")
+
+
+def is_launcher(params: TrainParams) -> bool:
+    """Tell whether this process is to start torchrun's processes, rather than to train."""
+    return params.launcher == "torchrun" and "RANK" not in os.environ
+
+
+def launch(processes: int) -> NoReturn:
+    """Run this script in so many processes, as `torchrun --standalone` does, and exit as they do.
+
+    Ctrl-C and SIGTERM are passed on to them. Raises UserError if one was killed.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes say themselves what is wrong
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id="train",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=SAVING_SECONDS,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise UserError(f"process {rank} was killed by {name}; the same command resumes the training") from None
+        sys.exit(failure.exitcode)
+    sys.exit()
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the other processes, if torchrun has started this one; all but the first are silent.
+
+    An error ends all processes, and one of them tells it.
+    """
+    if "RANK" not in os.environ:
+        yield
+        return
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(f"{local + 1} processes or more on {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        with nullcontext() if is_first() else _silence():
+            yield
+    except BaseException as error:
+        if not is_first():
+            time.sleep(GRACE_SECONDS)
+        if _others_failed(error):
+            sys.exit(1)
+        raise
+    dist.destroy_process_group()
+
+
+def _others_failed(error: BaseException) -> bool:
+    """Tell whether another process tells or has told why all end."""
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) > 1
+    except dist.DistError:  # the store has ended with its process
+        return True
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Discard what the block writes to standard output and standard error."""
+    nowhere, kept = os.open(os.devnull, os.O_WRONLY), [os.dup(1), os.dup(2)]
+    try:
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)
+        yield
+    finally:
+        for descriptor, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, descriptor)
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Tell whether this process is the one that writes files and logs."""
+    return rank() == 0
+
+
+@contextmanager
+def first_only(context: AbstractContextManager[Value], otherwise: Value) -> Iterator[Value]:
+    """Enter a context in the first process alone; the others get `otherwise`."""
+    with ExitStack() as stack:
+        yield stack.enter_context(context) if is_first() else otherwise
+
+
+def from_first(make: Callable[[], Value]) -> Value:
+    """Return in all processes what the first one makes."""
+    made = [make() if is_first() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(made)
+    return made[0]  # type: ignore[return-value]
+
+
+def agreed(stop_signal: Callable[[], int]) -> Callable[[], int]:
+    """Return the function that all processes call at once, and that tells all of a signal that any has received."""
+    if not dist.is_initialized():
+        return stop_signal
+
+    def largest() -> int:
+        number = torch.tensor(stop_signal())
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    return largest
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """Return what computes the model's loss so that gradients are means over all processes."""
+    if not dist.is_initialized():
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+
+def synchronized(model: nn.Module, now: bool) -> AbstractContextManager[None]:
+    """Return the context of a forward and a backward pass; gradients become means over all processes `now` or later."""
+    if isinstance(model, DistributedDataParallel) and not now:
+        return model.no_sync()
+    return nullcontext()
+
+
+def check_rows(batch_size: int) -> None:
+    """Raise UserError if the processes cannot share a batch evenly."""
+    if batch_size % world_size():
+        raise UserError(f"train.batch_size {batch_size} is not a multiple of the {world_size()} processes")
+
+
+def own_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return this process's rows of each of some tensors (B, ...) of the global batch."""
+    return tuple(tensor.chunk(world_size())[rank()] for tensor in tensors)
+
+
+def own_share(items: Iterator[Value]) -> Iterator[tuple[Value, bool]]:
+    """Yield every so many-th item to each process, with whether it counts.
+
+    All get equally many, since a sharded model needs all of them in each forward pass: the last may not count.
+    """
+    while group := [item for _, item in zip(range(world_size()), items, strict=False)]:
+        yield group[min(rank(), len(group) - 1)], rank() < len(group)
+
+
+def total(values: Tensor) -> Tensor:
+    """Return the sums over all processes of values, which may be overwritten."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, whole: Tensor | None) -> None:
+    """Give a parameter the values that the first process has, in all processes."""
+    if whole is not None:
+        parameter.copy_(whole)
+    if dist.is_initialized():
+        dist.broadcast(parameter, 0)
+
+
+def share(model: nn.Module) -> None:
+    """Give a model in all processes the weights that it has in the first."""
+    for parameter in model.parameters():
+        fill(parameter.data, None)
+
+
+def gathered(model: GPT2Model) -> GPT2Model:
+    """Return the model with whole weights, in the first process."""
+    return model
