@@ -100,9 +100,9 @@ def train_model(params: Params) -> None:
                 params.runtime,
                 checkpoints,
                 log_metrics,
-                lambda step: log_weights(step, partial(write_model, gathered(model))),
+                lambda step: log_weights(step, partial(write_model, gathered(model, config))),
             )
-        whole = gathered(model)
+        whole = gathered(model, config)
         if is_first():
             digest = write_model(whole, MODEL)
             write_json(LINEAGE, lineage)

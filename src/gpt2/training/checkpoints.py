@@ -7,19 +7,17 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gpt2.core.errors import UserError
 from gpt2.core.files import delete, file_lock, publish, sha256_of
-from gpt2.model.weights import save_tensors
 from gpt2.training import distributed
 
 KEPT = 2  # the newest may be found damaged
@@ -55,13 +53,14 @@ class Checkpoints:
         `best` are the weights of the lowest validation loss, by name. Raises OSError; the checkpoints before are intact
         then.
         """
-        if not distributed.is_first():
-            return
         written = self.folder / "partial"
-        named = _tensors(model, optimizers) | {f"best/{name}": weight for name, weight in (best or {}).items()}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+        tensors = _tensors(model, optimizers) | {f"best/{name}": weight for name, weight in (best or {}).items()}
+        if not distributed.is_first():
+            for tensor in tensors.values():
+                distributed.whole(tensor)
+            return
         try:
-            save_tensors(tensors, written, {NOTES: json.dumps(notes)})
+            _write(tensors, written, {NOTES: json.dumps(notes)})
             publish(written, self.folder / f"{step:010}-{sha256_of(written)}.safetensors")
         except OSError as error:
             delete(written)
@@ -77,12 +76,8 @@ class Checkpoints:
 
         Damaged ones are deleted, with a warning, so that they do not take the place of good ones among those kept.
         """
-        path = distributed.from_first(self._newest_whole)
-        if path is None:
-            return None
-        _load(path, model, optimizers, {} if best is None else best)
-        with safe_open(path, framework="pt") as file:
-            return _step_of(path), json.loads(file.metadata()[NOTES])
+        path = self._newest_whole() if distributed.is_first() else None
+        return _load(path, model, optimizers, {} if best is None else best)
 
     def last(self) -> str:
         """Say where the last checkpoint is."""
@@ -162,18 +157,45 @@ def _tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     return named
 
 
-def _load(path: Path, model: nn.Module, optimizers: Optimizers, best: Weights) -> None:
-    parameters = dict(model.named_parameters())
-    owners = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
-    for name, tensor in load_file(path, backend="pread").items():  # not mapped: its tensors outlive the file
-        kind, parameter_name, *key = name.split("/")
-        parameter = parameters[parameter_name]
-        if kind == "model":
-            parameter.data.copy_(tensor)
-        elif kind == "best":
-            best[parameter_name] = tensor
-        else:
-            owners[id(parameter)].state[parameter][key[0]] = tensor.to(parameter.device)
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write float32 tensors as safetensors, one at a time, since no process may have room for all. Raises OSError."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of their size
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            distributed.whole(tensor).cpu().numpy().tofile(file)
+
+
+def _load(
+    path: Path | None, model: nn.Module, optimizers: Optimizers, best: Weights
+) -> tuple[int, dict[str, Any]] | None:
+    """Give all processes what the first one reads, a tensor at a time; return the step and the notes."""
+    with ExitStack() as stack:
+        file = stack.enter_context(safe_open(path, framework="pt")) if path else None
+        shapes = distributed.from_first(lambda: file and {name: file.get_slice(name).get_shape() for name in file.keys()})
+        told = distributed.from_first(lambda: path and file and (_step_of(path), json.loads(file.metadata()[NOTES])))
+        if not shapes:
+            return None
+        parameters = dict(model.named_parameters())
+        owners = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
+        for name, shape in shapes.items():
+            kind, parameter_name, *key = name.split("/")
+            parameter = parameters[parameter_name]
+            like = parameter.data if shape == list(parameter.shape) else torch.empty(shape, device=parameter.device)
+            tensor = parameter.data if kind == "model" else torch.empty_like(like)
+            distributed.fill(tensor, file.get_tensor(name) if file else None)
+            if kind == "best":
+                best[parameter_name] = tensor.cpu()
+            elif kind == "optimizer":
+                owners[id(parameter)].state[parameter][key[0]] = tensor
+    return told
 
 
 def _step_of(path: Path) -> int:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
@@ -19,11 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2.config import TrainParams
+from gpt2.config import ModelConfig, TrainParams
 from gpt2.core.errors import UserError
 from gpt2.model.gpt2 import GPT2Model
+from gpt2.model.weights import shapes_only
 
 TIMEOUT = timedelta(days=1)  # the first process may wait for a lock, write to a slow disk, or ask MLflow's server
 GRACE_SECONDS = 2  # in which the process that failed first says why, and closes its run in MLflow
@@ -46,7 +50,7 @@ def launch(processes: int) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes say themselves what is wrong
+    logging.disable()  # the processes say themselves what is wrong
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -120,6 +124,11 @@ def _silence() -> Iterator[None]:
             os.dup2(copy, descriptor)
 
 
+def is_started() -> bool:
+    """Tell whether torchrun has started this process, maybe as the only one."""
+    return dist.is_initialized()
+
+
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -165,14 +174,18 @@ def agreed(stop_signal: Callable[[], int]) -> Callable[[], int]:
 
 def data_parallel(model: nn.Module) -> nn.Module:
     """Return what computes the model's loss so that gradients are means over all processes."""
-    if not dist.is_initialized():
+    first = next(model.parameters())
+    if not dist.is_initialized() or isinstance(first, DTensor):
         return model
-    device = next(model.parameters()).device
+    device = first.device
     return DistributedDataParallel(model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 
 def synchronized(model: nn.Module, now: bool) -> AbstractContextManager[None]:
-    """Return the context of a forward and a backward pass; gradients become means over all processes `now` or later."""
+    """Return the context of a forward and a backward pass; gradients become means over all processes `now` or later.
+
+    Those of a sharded model do each time: until then, each process would hold them whole.
+    """
     if isinstance(model, DistributedDataParallel) and not now:
         return model.no_sync()
     return nullcontext()
@@ -207,19 +220,92 @@ def total(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(parameter: Tensor, whole: Tensor | None) -> None:
-    """Give a parameter the values that the first process has, in all processes."""
+    """Give a parameter in all processes the values that the first one has; the others may give None."""
+    if isinstance(parameter, DTensor):
+        values = torch.empty(parameter.shape, dtype=parameter.dtype) if whole is None else whole
+        parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements))
+        return
     if whole is not None:
         parameter.copy_(whole)
     if dist.is_initialized():
         dist.broadcast(parameter, 0)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor of which each process may hold a part."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def share(model: nn.Module) -> None:
     """Give a model in all processes the weights that it has in the first."""
     for parameter in model.parameters():
-        fill(parameter.data, None)
+        if not isinstance(parameter, DTensor):
+            fill(parameter.data, None)
 
 
-def gathered(model: GPT2Model) -> GPT2Model:
-    """Return the model with whole weights, in the first process."""
+@cache
+def mesh(device_type: str) -> DeviceMesh:
+    """Return all processes, as DTensor wants to know them."""
+    return init_device_mesh(device_type, (world_size(),))
+
+
+def sharded_model(config: ModelConfig, device: torch.device) -> GPT2Model:
+    """Return the model that GPT2Model draws, each process with its part. No process ever holds more than one layer."""
+    with shapes_only():
+        model = GPT2Model(**config.model_dump())
+    layers = [layer for layer in model.modules() if next(layer.parameters(recurse=False), None) is not None]
+    shapes = deepcopy(layers)
+    for module in (*model.transformer_blocks, model):
+        fully_shard(module, mesh=mesh(device.type))
+    model.to_empty(device=device)
+    for shape in shapes:  # GPT2Model draws twice: as PyTorch's layers do, then as GPT-2 does
+        if is_first():
+            deepcopy(shape).to_empty(device="cpu").reset_parameters()
+    for layer, shape in zip(layers, shapes, strict=True):
+        if is_first():
+            shape.to_empty(device="cpu")
+            if isinstance(shape, nn.LayerNorm):
+                shape.reset_parameters()
+            GPT2Model._initialize(shape)
+        if layer is model.output_projection and config.tie_weights:
+            continue
+        for name, parameter in layer.named_parameters(recurse=False):
+            fill(parameter, shape.get_parameter(name) if is_first() else None)
+        shape.to("meta")
     return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Let each process hold its part alone again, after a forward pass without a backward pass."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def gathered(model: GPT2Model, config: ModelConfig) -> GPT2Model:
+    """Return the model with whole weights, on the CPU if it was sharded; the first process has it, the others not."""
+    if not isinstance(model.token_embedding.weight, DTensor):
+        return model
+    with shapes_only():
+        gathered = GPT2Model(**config.model_dump())
+    for name, parameter in model.state_dict().items():
+        values = whole(parameter)
+        if is_first():
+            gathered.load_state_dict({name: values.cpu()}, strict=False, assign=True)
+    return gathered
+
+
+def spread(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
+    """Apply a function of independent matrices (L, M, N), each of them in one process alone.
+
+    A process that holds a part of each matrix sends it to the one that computes with it.
+    """
+    if not dist.is_initialized():
+        return function(matrices)
+    placed = matrices
+    if not isinstance(placed, DTensor):
+        placed = DTensor.from_local(matrices, mesh(matrices.device.type), [Replicate()], run_check=False)
+    own = placed.redistribute(placements=[Shard(0)])
+    results = DTensor.from_local(
+        function(own.to_local()), own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+    ).redistribute(placements=placed.placements)
+    return results if isinstance(matrices, DTensor) else results.to_local()

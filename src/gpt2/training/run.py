@@ -4,8 +4,10 @@ Shapes: N tokens of a split, V vocabulary.
 """
 
 import json
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from gpt2.config import ModelConfig, RuntimeParams, TrainParams
 from gpt2.core.cli import stop_requests
@@ -29,12 +31,16 @@ def build_model(config: ModelConfig, params: TrainParams, device: torch.device) 
     """Return a model with random weights on the device. Raises UserError if its training cannot fit into memory."""
     with shapes_only():
         parameters = GPT2Model(**config.model_dump()).count_parameters()
+    is_sharded = params.parallel == "fsdp" and distributed.is_started()
     weights_bytes = parameters * 4 * 3  # with gradients and the least that an optimizer keeps
+    weights_bytes //= distributed.world_size() if is_sharded else 1
     micro_batch_size = min(choose_micro_batch_size(params.micro_batch_size, device), params.batch_size)
     activations_bytes = micro_batch_size * params.sequence_length * config.d_model * config.n_layers * 4
     batch_bytes = params.batch_size * params.sequence_length * 8  # of int64
     check_memory(weights_bytes + activations_bytes + batch_bytes, device)
     seed_torch(params.seed, Purpose.WEIGHTS)
+    if is_sharded:
+        return distributed.sharded_model(config, device)
     return GPT2Model(**config.model_dump()).to(device)
 
 
@@ -87,12 +93,15 @@ def run_training(
     seen_tokens = SeenTokens(torch.from_numpy(seen).to(device))
     if params.fused:
         use_fused_parts(model, seen_tokens, params.compile)
+    if params.activation_checkpointing:
+        for block in model.transformer_blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if params.compile:
         for block in model.transformer_blocks:
             block.compile()
     with log.paused():
-        if checkpoint := checkpoints.restore(model, trainer.optimizers, trainer.best):
-            start, log_state = checkpoint
+        if restored := checkpoints.restore(model, trainer.optimizers, trainer.best):
+            start, log_state = restored
             print(f"resuming after step {start}, from {checkpoints.folder}", flush=True)
             log.restore(log_state)
         else:
@@ -101,7 +110,8 @@ def run_training(
             initialize(model, train_tokens, seen_tokens, params)
             distributed.share(model)
             validate(trainer, log, 0)
-        if device.type == "cuda" and distributed.world_size() == 1 and not log.is_over(start):
+        is_plain = not distributed.is_started() and not params.activation_checkpointing
+        if device.type == "cuda" and is_plain and not log.is_over(start):
             trainer.capture(start)
     with stop_requests() as stop_signal:
         train(trainer, log, start, distributed.agreed(stop_signal), log_weights)
@@ -123,7 +133,9 @@ def initialize(model: GPT2Model, train_tokens: Tokens, seen_tokens: SeenTokens, 
         seed_torch(params.seed, Purpose.INITIALIZATION)
         initialize_from_bigrams(model, train_tokens)
     if params.fused:
-        seen_tokens.equalize(model.output_projection.weight)
+        weight = distributed.whole(model.output_projection.weight)
+        seen_tokens.equalize(weight)
+        distributed.fill(model.output_projection.weight, weight)
 
 
 def use_fused_parts(model: GPT2Model, seen_tokens: SeenTokens, compiled: bool) -> None:

@@ -78,7 +78,7 @@ class Trainer:
                     loss = self.parallel(x, y) * (len(x) / len(inputs))
                 loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip)
+        norm = distributed.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
         return distributed.total(total) / distributed.world_size(), norm
 
     def capture(self, step: int) -> None:
@@ -103,6 +103,7 @@ class Trainer:
                 sums += torch.stack([loss, torch.ones_like(loss)]) * (y.numel() * counts)
                 progress.advance(len(x) * distributed.world_size())
         self.model.train()
+        distributed.reshard(self.model)
         loss_sum, tokens = distributed.total(sums)
         return float(loss_sum / tokens)
 
