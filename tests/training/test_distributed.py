@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,51 +13,217 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from gpt2.config import ModelConfig, RuntimeParams, TrainParams
-from gpt2.data.batches import TrainingBatches
-from gpt2.model.weights import save_model
-from gpt2.training import distributed
+from gpt2.core.cli import run_command
+from gpt2.core.errors import Stopped, UserError
+from gpt2.model.weights import WEIGHTS, save_model
+from gpt2.training import distributed, muon
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.run import build_model, run_training
 
 CPU = torch.device("cpu")
 TOKENS = (np.arange(400) * 7 % 53).astype(np.uint16)  # each token tells the next; of 61, 8 never occur
 SEEN = np.arange(61) < 53
-BASE = {"batch_size": 8, "micro_batch_size": 1, "max_steps": 6, "warmup_steps": 2, "log_interval": 1}
-BASE |= {"eval_interval": 2, "eval_windows": 5, "keep": "best", "learning_rate": 0.02}
+TINY = {"batch_size": 8, "micro_batch_size": 1, "max_steps": 8, "warmup_steps": 2, "learning_rate": 0.02}
+TINY |= {"log_interval": 1, "eval_interval": 2, "eval_windows": 5, "checkpoint_interval": 2}
 KINDS: dict[str, dict[str, Any]] = {
-    "adamw": {"initialization": "bigrams"},
-    "muon": {"optimizer": "muon", "micro_batch_size": 2},
-    "plain": {"fused": False, "activation_checkpointing": True},
+    "ddp": {"initialization": "bigrams", "keep": "best"},
+    "ddp muon": {"optimizer": "muon", "micro_batch_size": 2},
+    "fsdp": {"parallel": "fsdp", "fused": False, "activation_checkpointing": True},
+    "fsdp muon tied": {"parallel": "fsdp", "optimizer": "muon", "keep": "best"},
 }
+Job = dict[str, Any]
+MakeJob = Callable[..., Job]
 
 
-def do(job: dict[str, Any], folder: Path) -> None:
+def work(job: Job, folder: Path) -> None:
     """Train in this process, and in the others if there are any; write the history and the weights."""
     params, config = TrainParams(**job["train"]), ModelConfig(**job["model"])
-    checkpoints = Checkpoints(folder / job.get("checkpoints", job["name"]))
+    checkpoints = Checkpoints(folder / job["name"])
     checkpoints.folder.mkdir(parents=True, exist_ok=True)
-    model = build_model(config, params, CPU)
+    is_last = distributed.rank() == distributed.world_size() - 1
+
+    def disturb(step: int, metrics: dict[str, float]) -> None:
+        if "train/loss" in metrics and step == job.get("at_step") and is_last:
+            if job["does"] == "raise":
+                raise UserError("the last process fails")
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                os.kill(os.getpid(), job["does"])
+
     runtime = RuntimeParams(threads=1, device="cpu", precision="float32")
-    metrics, history = run_training(
-        model, TOKENS, TOKENS[:90], SEEN, params, runtime, checkpoints, lambda *_: None
-    )
+    model = build_model(config, params, CPU)
+    metrics, history = run_training(model, TOKENS, TOKENS[:90], SEEN, params, runtime, checkpoints, disturb)
     whole = distributed.gathered(model, config)
     if distributed.is_first():
-        save_model(whole, config, folder / job["name"] / "model")
-        (folder / job["name"] / "history.json").write_text(json.dumps([history, metrics]))
+        save_model(whole, config, checkpoints.folder / "model")
+        (checkpoints.folder / "history.json").write_text(json.dumps([history, metrics]))
+
+
+def count_matrices(folder: Path) -> None:
+    """Write to a file of each process how many matrices Muon orthogonalizes there."""
+    orthogonalize = muon.orthogonalize
+
+    def counted(matrices: Tensor) -> Tensor:
+        with (folder / f"{distributed.world_size()}-{distributed.rank()}.txt").open("a") as file:
+            file.write(f"{len(matrices)}\n")
+        return orthogonalize(matrices)
+
+    muon.orthogonalize = counted
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    """Do the jobs of a folder, whose "does" is what happens to the last process at a step."""
+    folder, processes = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
+    if processes and "RANK" not in os.environ:
+        distributed.launch(processes)
     with distributed.process_group(CPU):
+        count_matrices(folder)
         for job in json.loads((folder / "jobs.json").read_text()):
-            do(job, folder)
+            try:
+                work(job, folder)
+            except Stopped:
+                if not job.get("goes_on"):
+                    raise
+
+
+@pytest.fixture(scope="module")
+def make_job(make_train_params: Callable[..., TrainParams], make_config: Callable[..., ModelConfig]) -> MakeJob:
+    def make(name: str, train: dict[str, Any] | None = None, **more: Any) -> Job:
+        model = make_config(dropout=0.2, tie_weights="tied" in name).model_dump()
+        return {"name": name, "train": make_train_params(**TINY | (train or {})).model_dump(), "model": model} | more
+
+    return make
+
+
+def start(folder: Path, jobs: list[Job], processes: int, *torchrun: str) -> psutil.Popen:
+    """Start processes by our launcher, or by torchrun with options."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    by_hand = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *torchrun]
+    source = str(Path(distributed.__file__).parents[2])
+    return psutil.Popen(
+        [sys.executable, *(by_hand if torchrun else []), __file__, folder, str(0 if torchrun else processes)],
+        env=os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(folder: Path, jobs: list[Job], processes: int, *torchrun: str, code: int = 0) -> tuple[str, str]:
+    process = start(folder, jobs, processes, *torchrun)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == code, output + errors
+    return output, errors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, make_job: MakeJob) -> Path:
+    """The results of the same jobs in 1, 2 and 4 processes, and of two that went on in other numbers of them."""
+    folders = {number: tmp_path_factory.mktemp("results") for number in (1, 2, 4)}
+    for name, kind in KINDS.items():
+        work(make_job(name, kind), folders[1])
+    jobs = [make_job(name, kind) for name, kind in KINDS.items()]
+
+    def moving(name: str, parallel: str, at_step: int) -> Job:
+        stop = {"does": signal.SIGTERM, "at_step": at_step, "goes_on": True}
+        return make_job(f"../{name}", KINDS["ddp muon"] | {"parallel": parallel}, **stop)
+
+    with pytest.raises(Stopped):
+        work(moving("from 1", "ddp", 1), folders[1])
+    said = [run(folders[4], [*jobs, moving("from 1", "fsdp", 3), moving("from 4", "ddp", 2)], 4)[0]]
+    said += [run(folders[2], [*jobs, moving("from 1", "ddp", 5), moving("from 4", "fsdp", 4)], 2)[0]]
+    for name in ("from 1", "from 4"):
+        work(moving(name, "ddp", 99), folders[1])
+    assert "resuming after step 2," in said[0]
+    assert "resuming after step 4," in said[1] and "resuming after step 3," in said[1]
+    for number, one in folders.items():
+        one.rename(one.with_name(str(number)))
+    return folders[1].parent
+
+
+def results(folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    history, metrics = json.loads((folder / "history.json").read_text())
+    clock = ("train/tokens_per_second", "tokens_per_second", "peak_memory_bytes")
+    logged = [*(metrics for _, metrics in history), metrics]
+    return [{name: one[name] for name in one if name not in clock} for one in logged], load_file(
+        folder / "model" / WEIGHTS
+    )
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    (logged, weights), (expected_logged, expected_weights) = results(found), results(expected)
+    assert len(logged) == len(expected_logged)
+    for one, other in zip(logged, expected_logged, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert weights.keys() == expected_weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected_weights[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_processes_train_as_one(folder: Path, kind: str, processes: int) -> None:
+    assert_same(folder / str(processes) / kind, folder / "1" / kind)
+
+
+@pytest.mark.parametrize("name", ["from 1", "from 4"])
+def test_a_training_goes_on_in_another_number_of_processes(folder: Path, name: str) -> None:
+    assert_same(folder / name, folder / "1" / "ddp muon")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_muon_computes_each_matrix_in_one_process(folder: Path, processes: int) -> None:
+    counts = [
+        [int(line) for line in (folder / str(processes) / f"{processes}-{rank}.txt").read_text().split()]
+        for rank in range(processes)
+    ]
+    of_a_step = [8, 2, 2]  # of each shape in two blocks
+    for i, of_shape in enumerate(zip(*counts, strict=True)):
+        assert sum(of_shape) == of_a_step[i % 3] and max(of_shape) == math.ceil(of_a_step[i % 3] / processes)
+
+
+@pytest.mark.parametrize("kind", ["alone", "alike"])
+def test_an_error_ends_all_processes_and_is_told_once(tmp_path: Path, make_job: MakeJob, kind: str) -> None:
+    """The last process fails, or all in the same way."""
+    job = make_job("job", does="raise", at_step=2) if kind == "alone" else make_job("job", {"batch_size": 9})
+    told = {"alone": "the last process fails", "alike": "train.batch_size 9 is not a multiple of the 2 processes"}
+    _, errors = run(tmp_path, [job], 2, code=2)
+    assert [line for line in errors.splitlines() if not line.startswith("train ")] == [f"error: {told[kind]}"]
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_told_and_torchrun_goes_on_without_anybody(
+    folder: Path, tmp_path: Path, make_job: MakeJob
+) -> None:
+    job = make_job("job", KINDS["ddp muon"], does=signal.SIGKILL, at_step=5)
+    _, errors = run(tmp_path, [job], 2, code=2)
+    assert "error: process 1 was killed by SIGKILL; the same command resumes the training\n" in errors
+    output, _ = run(tmp_path, [job], 2, "--max-restarts=1")
+    assert "resuming after step 4" in output
+    assert_same(tmp_path / "job", folder / "1" / "ddp muon")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_saves_first(tmp_path: Path, make_job: MakeJob, number: signal.Signals) -> None:
+    process = start(tmp_path, [make_job("job", {"max_steps": 10**6, "log_interval": 1000})], 2)
+    for line in process.stdout:
+        if line.startswith("starting at step 0"):
+            break
+    while not list((tmp_path / "job").glob("*.safetensors")):
+        assert process.poll() is None
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert errors.count("which is saved; the same command resumes it") == 1
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
