@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from gpt2.config import ModelConfig, RuntimeParams, TrainParams
 from gpt2.core.cli import run_command
-from gpt2.core.errors import Stopped, UserError
+from gpt2.core.errors import UserError
 from gpt2.model.weights import WEIGHTS, save_model
 from gpt2.training import distributed, muon
 from gpt2.training.checkpoints import Checkpoints
@@ -70,7 +71,7 @@ def count_matrices(folder: Path) -> None:
     orthogonalize = muon.orthogonalize
 
     def counted(matrices: Tensor) -> Tensor:
-        with (folder / f"{distributed.world_size()}-{distributed.rank()}.txt").open("a") as file:
+        with (folder / f"{distributed.rank()}.txt").open("a") as file:
             file.write(f"{len(matrices)}\n")
         return orthogonalize(matrices)
 
@@ -86,17 +87,13 @@ def main() -> None:
     with distributed.process_group(CPU):
         count_matrices(folder)
         for job in json.loads((folder / "jobs.json").read_text()):
-            try:
-                work(job, folder)
-            except Stopped:
-                if not job.get("goes_on"):
-                    raise
+            work(job, folder)
 
 
 @pytest.fixture(scope="module")
 def make_job(make_train_params: Callable[..., TrainParams], make_config: Callable[..., ModelConfig]) -> MakeJob:
-    def make(name: str, train: dict[str, Any] | None = None, **more: Any) -> Job:
-        model = make_config(dropout=0.2, tie_weights="tied" in name).model_dump()
+    def make(name: str, train: dict[str, Any] | None = None, tied: bool = False, **more: Any) -> Job:
+        model = make_config(dropout=0.2, tie_weights=tied or "tied" in name).model_dump()
         return {"name": name, "train": make_train_params(**TINY | (train or {})).model_dump(), "model": model} | more
 
     return make
@@ -124,28 +121,21 @@ def run(folder: Path, jobs: list[Job], processes: int, *torchrun: str, code: int
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, make_job: MakeJob) -> Path:
-    """The results of the same jobs in 1, 2 and 4 processes, and of two that went on in other numbers of them."""
-    folders = {number: tmp_path_factory.mktemp("results") for number in (1, 2, 4)}
-    for name, kind in KINDS.items():
-        work(make_job(name, kind), folders[1])
-    jobs = [make_job(name, kind) for name, kind in KINDS.items()]
+def trained(tmp_path_factory: pytest.TempPathFactory, make_job: MakeJob) -> Callable[[int], Path]:
+    """Return the folder of the results of all kinds in 1, 2 or 4 processes."""
 
-    def moving(name: str, parallel: str, at_step: int) -> Job:
-        stop = {"does": signal.SIGTERM, "at_step": at_step, "goes_on": True}
-        return make_job(f"../{name}", KINDS["ddp muon"] | {"parallel": parallel}, **stop)
+    @cache
+    def train(processes: int) -> Path:
+        folder = tmp_path_factory.mktemp("results")
+        jobs = [make_job(name, kind) for name, kind in KINDS.items()]
+        if processes > 1:
+            run(folder, jobs, processes)
+        else:
+            for job in jobs:
+                work(job, folder)
+        return folder
 
-    with pytest.raises(Stopped):
-        work(moving("from 1", "ddp", 1), folders[1])
-    said = [run(folders[4], [*jobs, moving("from 1", "fsdp", 3), moving("from 4", "ddp", 2)], 4)[0]]
-    said += [run(folders[2], [*jobs, moving("from 1", "ddp", 5), moving("from 4", "fsdp", 4)], 2)[0]]
-    for name in ("from 1", "from 4"):
-        work(moving(name, "ddp", 99), folders[1])
-    assert "resuming after step 2," in said[0]
-    assert "resuming after step 4," in said[1] and "resuming after step 3," in said[1]
-    for number, one in folders.items():
-        one.rename(one.with_name(str(number)))
-    return folders[1].parent
+    return train
 
 
 def results(folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
@@ -167,29 +157,40 @@ def assert_same(found: Path, expected: Path) -> None:
         torch.testing.assert_close(weight, expected_weights[name], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+TWO_AND_FOUR = pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+
+
+@TWO_AND_FOUR
 @pytest.mark.parametrize("kind", KINDS)
-def test_several_processes_train_as_one(folder: Path, kind: str, processes: int) -> None:
-    assert_same(folder / str(processes) / kind, folder / "1" / kind)
+def test_several_processes_train_as_one(trained: Callable[[int], Path], kind: str, processes: int) -> None:
+    assert_same(trained(processes) / kind, trained(1) / kind)
 
 
-@pytest.mark.parametrize("name", ["from 1", "from 4"])
-def test_a_training_goes_on_in_another_number_of_processes(folder: Path, name: str) -> None:
-    assert_same(folder / name, folder / "1" / "ddp muon")
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_muon_computes_each_matrix_in_one_process(folder: Path, processes: int) -> None:
+@TWO_AND_FOUR
+def test_muon_computes_each_matrix_in_one_process(trained: Callable[[int], Path], processes: int) -> None:
     counts = [
-        [int(line) for line in (folder / str(processes) / f"{processes}-{rank}.txt").read_text().split()]
-        for rank in range(processes)
+        [int(line) for line in (trained(processes) / f"{rank}.txt").read_text().split()] for rank in range(processes)
     ]
     of_a_step = [8, 2, 2]  # of each shape in two blocks
     for i, of_shape in enumerate(zip(*counts, strict=True)):
         assert sum(of_shape) == of_a_step[i % 3] and max(of_shape) == math.ceil(of_a_step[i % 3] / processes)
 
 
-@pytest.mark.parametrize("kind", ["alone", "alike"])
+@pytest.mark.slow
+def test_a_training_goes_on_in_other_numbers_of_processes(
+    trained: Callable[[int], Path], tmp_path: Path, make_job: MakeJob
+) -> None:
+    """Each part but the last is stopped by a signal to one process; the model is sharded or not."""
+    for part, (processes, parallel) in enumerate([(1, "ddp"), (2, "fsdp"), (4, "ddp"), (2, "ddp"), (4, "fsdp")]):
+        stop = {"does": signal.SIGTERM, "at_step": part + 1} if part < 4 else {}
+        job = make_job("job", KINDS["fsdp muon tied"] | {"parallel": parallel}, tied=True, **stop)
+        output, errors = run(tmp_path, [job], processes, code=128 + signal.SIGTERM if stop else 0)
+        assert ("starting at step 0" if part == 0 else f"resuming after step {part + 1},") in output
+        assert not stop or errors.count(f"stopped after step {part + 2}, which is saved") == 1
+    assert_same(tmp_path / "job", trained(1) / "fsdp muon tied")
+
+
+@pytest.mark.parametrize("kind", ["alone", pytest.param("alike", marks=pytest.mark.slow)])
 def test_an_error_ends_all_processes_and_is_told_once(tmp_path: Path, make_job: MakeJob, kind: str) -> None:
     """The last process fails, or all in the same way."""
     job = make_job("job", does="raise", at_step=2) if kind == "alone" else make_job("job", {"batch_size": 9})
@@ -200,14 +201,14 @@ def test_an_error_ends_all_processes_and_is_told_once(tmp_path: Path, make_job: 
 
 @pytest.mark.slow
 def test_a_killed_process_is_told_and_torchrun_goes_on_without_anybody(
-    folder: Path, tmp_path: Path, make_job: MakeJob
+    trained: Callable[[int], Path], tmp_path: Path, make_job: MakeJob
 ) -> None:
     job = make_job("job", KINDS["ddp muon"], does=signal.SIGKILL, at_step=5)
     _, errors = run(tmp_path, [job], 2, code=2)
     assert "error: process 1 was killed by SIGKILL; the same command resumes the training\n" in errors
     output, _ = run(tmp_path, [job], 2, "--max-restarts=1")
     assert "resuming after step 4" in output
-    assert_same(tmp_path / "job", folder / "1" / "ddp muon")
+    assert_same(tmp_path / "job", trained(1) / "ddp muon")
 
 
 @pytest.mark.slow
