@@ -23,10 +23,11 @@ from torch import Tensor
 from gpt2.config import ModelConfig, RuntimeParams, TrainParams
 from gpt2.core.cli import run_command
 from gpt2.core.errors import UserError
+from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import WEIGHTS, save_model
 from gpt2.training import distributed, muon
 from gpt2.training.checkpoints import Checkpoints
-from gpt2.training.run import build_model, run_training
+from gpt2.training.run import build_model, run_training, take_weights
 
 CPU = torch.device("cpu")
 TOKENS = (np.arange(400) * 7 % 53).astype(np.uint16)  # each token tells the next; of 61, 8 never occur
@@ -38,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ddp muon": {"optimizer": "muon", "micro_batch_size": 2},
     "fsdp": {"parallel": "fsdp", "fused": False, "activation_checkpointing": True},
     "fsdp muon tied": {"parallel": "fsdp", "optimizer": "muon", "keep": "best"},
+    "fsdp given": {"parallel": "fsdp", "init_from": "hf:gpt2"},
 }
 Job = dict[str, Any]
 MakeJob = Callable[..., Job]
@@ -59,6 +61,9 @@ def work(job: Job, folder: Path) -> None:
 
     runtime = RuntimeParams(threads=1, device="cpu", precision="float32")
     model = build_model(config, params, CPU)
+    if params.init_from:
+        torch.manual_seed(5)
+        take_weights(model, GPT2Model(**job["model"] | {"max_len": 20}) if distributed.is_first() else None)
     metrics, history = run_training(model, TOKENS, TOKENS[:90], SEEN, params, runtime, checkpoints, disturb)
     whole = distributed.gathered(model, config)
     if distributed.is_first():
@@ -181,12 +186,12 @@ def test_a_training_goes_on_in_other_numbers_of_processes(
     trained: Callable[[int], Path], tmp_path: Path, make_job: MakeJob
 ) -> None:
     """Each part but the last is stopped by a signal to one process; the model is sharded or not."""
-    for part, (processes, parallel) in enumerate([(1, "ddp"), (2, "fsdp"), (4, "ddp"), (2, "ddp"), (4, "fsdp")]):
-        stop = {"does": signal.SIGTERM, "at_step": part + 1} if part < 4 else {}
+    for part, (processes, parallel) in enumerate([(1, "ddp"), (2, "fsdp"), (4, "ddp"), (2, "fsdp")]):
+        stop = {"does": signal.SIGTERM, "at_step": 2 * part + 1} if part < 3 else {}
         job = make_job("job", KINDS["fsdp muon tied"] | {"parallel": parallel}, tied=True, **stop)
         output, errors = run(tmp_path, [job], processes, code=128 + signal.SIGTERM if stop else 0)
-        assert ("starting at step 0" if part == 0 else f"resuming after step {part + 1},") in output
-        assert not stop or errors.count(f"stopped after step {part + 2}, which is saved") == 1
+        assert ("starting at step 0" if part == 0 else f"resuming after step {2 * part},") in output
+        assert not stop or errors.count(f"stopped after step {2 * part + 2}, which is saved") == 1
     assert_same(tmp_path / "job", trained(1) / "fsdp muon tied")
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,13 @@ class Checkpoints:
         Damaged ones are deleted, with a warning, so that they do not take the place of good ones among those kept.
         """
         path = self._newest_whole() if distributed.is_first() else None
-        return _load(path, model, optimizers, {} if best is None else best)
+        with safe_open(path, framework="pt") if path else nullcontext() as file:
+            told = distributed.from_first(lambda: _describe(path, file) if path else None)
+            if told is None:
+                return None
+            step, notes, shapes = told
+            _load(shapes, file, model, optimizers, {} if best is None else best)
+            return step, notes
 
     def last(self) -> str:
         """Say where the last checkpoint is."""
@@ -173,29 +179,28 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
             distributed.whole(tensor).cpu().numpy().tofile(file)
 
 
-def _load(
-    path: Path | None, model: nn.Module, optimizers: Optimizers, best: Weights
-) -> tuple[int, dict[str, Any]] | None:
-    """Give all processes what the first one reads, a tensor at a time; return the step and the notes."""
-    with ExitStack() as stack:
-        file = stack.enter_context(safe_open(path, framework="pt")) if path else None
-        shapes = distributed.from_first(lambda: file and {name: file.get_slice(name).get_shape() for name in file.keys()})
-        told = distributed.from_first(lambda: path and file and (_step_of(path), json.loads(file.metadata()[NOTES])))
-        if not shapes:
-            return None
-        parameters = dict(model.named_parameters())
-        owners = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
-        for name, shape in shapes.items():
-            kind, parameter_name, *key = name.split("/")
-            parameter = parameters[parameter_name]
-            like = parameter.data if shape == list(parameter.shape) else torch.empty(shape, device=parameter.device)
-            tensor = parameter.data if kind == "model" else torch.empty_like(like)
-            distributed.fill(tensor, file.get_tensor(name) if file else None)
-            if kind == "best":
-                best[parameter_name] = tensor.cpu()
-            elif kind == "optimizer":
-                owners[id(parameter)].state[parameter][key[0]] = tensor
-    return told
+def _describe(path: Path, file: Any) -> tuple[int, dict[str, Any], dict[str, list[int]]]:
+    """Return the step, the notes and the shape of each tensor of an open checkpoint."""
+    shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # it is no dict
+    return _step_of(path), json.loads(file.metadata()[NOTES]), shapes
+
+
+def _load(shapes: dict[str, list[int]], file: Any, model: nn.Module, optimizers: Optimizers, best: Weights) -> None:
+    """Give all processes the tensors, one at a time, of the file that the first one has."""
+    parameters = dict(model.named_parameters())
+    owners = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
+    for name, shape in shapes.items():
+        kind, parameter_name, *key = name.split("/")
+        parameter = parameters[parameter_name]
+        tensor = parameter.data
+        if kind != "model":
+            is_alike = shape == list(parameter.shape)
+            tensor = torch.empty_like(tensor) if is_alike else torch.empty(shape, device=parameter.device)
+        distributed.fill(tensor, file.get_tensor(name) if file else None)
+        if kind == "best":
+            best[parameter_name] = tensor.cpu()
+        elif kind == "optimizer":
+            owners[id(parameter)].state[parameter][key[0]] = tensor
 
 
 def _step_of(path: Path) -> int:

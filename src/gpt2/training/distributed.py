@@ -10,11 +10,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
 from datetime import timedelta
 from functools import cache
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -83,30 +83,41 @@ def process_group(device: torch.device) -> Iterator[None]:
     if "RANK" not in os.environ:
         yield
         return
-    if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise UserError(f"{local + 1} processes or more on {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    store, own_rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # After a restart, torchrun's store still has the addresses of the processes before.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, world_size=count, rank=own_rank, store=store)
     try:
         with nullcontext() if is_first() else _silence():
+            _use_own_gpu(device)
             yield
     except BaseException as error:
         if not is_first():
             time.sleep(GRACE_SECONDS)
-        if _others_failed(error):
+        if _others_failed(error, store):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would interrupt what Python does at exit
             sys.exit(1)
         raise
     dist.destroy_process_group()
 
 
-def _others_failed(error: BaseException) -> bool:
+def _use_own_gpu(device: torch.device) -> None:
+    """Let "cuda" be one GPU in each process. Raises UserError if there are too few, or for a device of one process."""
+    if device.type == "mps" or device.index is not None:
+        raise UserError(f"runtime.device {device} is for one process; several take cpu or cuda")
+    if device.type == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def _others_failed(error: BaseException, store: dist.Store) -> bool:
     """Tell whether another process tells or has told why all end."""
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         return True
     try:
-        return dist.distributed_c10d._get_default_store().add("failed", 1) > 1
+        return store.add("failed", 1) > 1
     except dist.DistError:  # the store has ended with its process
         return True
 
@@ -172,8 +183,13 @@ def agreed(stop_signal: Callable[[], int]) -> Callable[[], int]:
     return largest
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
-    """Return what computes the model's loss so that gradients are means over all processes."""
+def data_parallel(model: nn.Module, batch_size: int) -> nn.Module:
+    """Return what computes the model's loss so that gradients are means over all processes.
+
+    Raises UserError if they cannot share a batch evenly.
+    """
+    if batch_size % world_size():
+        raise UserError(f"train.batch_size {batch_size} is not a multiple of the {world_size()} processes")
     first = next(model.parameters())
     if not dist.is_initialized() or isinstance(first, DTensor):
         return model
@@ -191,31 +207,25 @@ def synchronized(model: nn.Module, now: bool) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def check_rows(batch_size: int) -> None:
-    """Raise UserError if the processes cannot share a batch evenly."""
-    if batch_size % world_size():
-        raise UserError(f"train.batch_size {batch_size} is not a multiple of the {world_size()} processes")
-
-
 def own_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return this process's rows of each of some tensors (B, ...) of the global batch."""
     return tuple(tensor.chunk(world_size())[rank()] for tensor in tensors)
 
 
 def own_share(items: Iterator[Value]) -> Iterator[tuple[Value, bool]]:
-    """Yield every so many-th item to each process, with whether it counts.
+    """Yield to each process every so many-th item, and whether it counts.
 
-    All get equally many, since a sharded model needs all of them in each forward pass: the last may not count.
+    All get equally many, since a sharded model computes in all of them at once: the last may be another's.
     """
     while group := [item for _, item in zip(range(world_size()), items, strict=False)]:
         yield group[min(rank(), len(group) - 1)], rank() < len(group)
 
 
-def total(values: Tensor) -> Tensor:
-    """Return the sums over all processes of values, which may be overwritten."""
+def mean(values: Tensor) -> Tensor:
+    """Return the means over all processes of values, which may be overwritten."""
     if dist.is_initialized():
         dist.all_reduce(values)
-    return values
+    return values / world_size()
 
 
 @torch.no_grad()
@@ -233,7 +243,8 @@ def fill(parameter: Tensor, whole: Tensor | None) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor of which each process may hold a part."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    found = tensor.detach()
+    return found.full_tensor() if isinstance(found, DTensor) else found
 
 
 def share(model: nn.Module) -> None:
@@ -260,7 +271,7 @@ def sharded_model(config: ModelConfig, device: torch.device) -> GPT2Model:
     model.to_empty(device=device)
     for shape in shapes:  # GPT2Model draws twice: as PyTorch's layers do, then as GPT-2 does
         if is_first():
-            deepcopy(shape).to_empty(device="cpu").reset_parameters()
+            deepcopy(shape).to_empty(device="cpu").reset_parameters()  # type: ignore[operator]
     for layer, shape in zip(layers, shapes, strict=True):
         if is_first():
             shape.to_empty(device="cpu")

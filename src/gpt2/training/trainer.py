@@ -46,8 +46,7 @@ class Trainer:
         self.val_batches = partial(validation_batches, val_tokens, self.micro_batch_size, params.sequence_length)
         self.val_batches()  # raises now, not at the first validation
         self.val_windows = (len(val_tokens) - 1) // params.sequence_length
-        distributed.check_rows(params.batch_size)
-        self.parallel = distributed.data_parallel(model)  # computes the same, in all processes
+        self.parallel = distributed.data_parallel(model, params.batch_size)  # the model itself in a single process
         self.optimizers = build_optimizers(model, params, precision)
         self.best: dict[str, Tensor] = {}  # the weights of the lowest val/loss, if they are to be kept
         self.gradients: Callable[[Tensor, Tensor, int], tuple[Tensor, ...]] = self.compute_gradients
@@ -68,7 +67,7 @@ class Trainer:
         """
         self.model.zero_grad()
         total = torch.zeros((), device=self.device)
-        first = distributed.rank() * len(inputs)  # sequence of the batch that all processes share
+        first = distributed.rank() * len(inputs)  # its first sequence in the whole batch
         for start in range(0, len(inputs), self.micro_batch_size):
             x, y = (tensor[start : start + self.micro_batch_size].to(self.device) for tensor in (inputs, targets))
             if step is not None:
@@ -79,7 +78,7 @@ class Trainer:
                 loss.backward()
             total += loss.detach()
         norm = distributed.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
-        return distributed.total(total) / distributed.world_size(), norm
+        return distributed.mean(total), norm
 
     def capture(self, step: int) -> None:
         """Let a CUDA graph compute the gradients, of batches like that of `step`. Its dropout is drawn once a step."""
@@ -104,8 +103,8 @@ class Trainer:
                 progress.advance(len(x) * distributed.world_size())
         self.model.train()
         distributed.reshard(self.model)
-        loss_sum, tokens = distributed.total(sums)
-        return float(loss_sum / tokens)
+        loss, tokens = distributed.mean(sums)
+        return float(loss / tokens)
 
     def save(self, step: int, log_state: dict[str, Any]) -> None:
         """Write a checkpoint of the state after `step` steps. Raises OSError; the one before is intact then."""
