@@ -14,13 +14,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from copy import deepcopy
 from datetime import timedelta
 from functools import cache
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -83,9 +84,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     if "RANK" not in os.environ:
         yield
         return
-    store, own_rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, own_rank, count = next(rendezvous("env://", timeout=TIMEOUT))
     # After a restart, torchrun's store still has the addresses of the processes before.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, world_size=count, rank=own_rank, store=store)
     try:
@@ -112,7 +113,7 @@ def _use_own_gpu(device: torch.device) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
-def _others_failed(error: BaseException, store: dist.Store) -> bool:
+def _others_failed(error: BaseException, store: Any) -> bool:
     """Tell whether another process tells or has told why all end."""
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         return True
