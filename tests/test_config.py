@@ -82,7 +82,9 @@ def test_unknown_name_gets_no_far_fetched_guess(problem: Callable[..., str]) -> 
 
 def test_settings_of_several_processes_agree(problem: Callable[..., str]) -> None:
     assert "train: nproc_per_node 2 needs launcher torchrun" in problem(train__nproc_per_node=2)
-    assert "train: parallel fsdp needs initialization random" in problem(train__nproc_per_node=1, train__parallel="fsdp")
+    assert "train: parallel fsdp needs initialization random" in problem(
+        train__nproc_per_node=1, train__parallel="fsdp"
+    )
 
 
 def test_all_problems_are_reported_at_once(problem: Callable[..., str]) -> None:

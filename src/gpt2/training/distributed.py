@@ -2,6 +2,8 @@
 
 Each process computes its rows of the same global batch. Where the model is sharded (FSDP2), each holds a part of each
 weight, of its gradient and of its optimizer's state. The first process alone writes files and talks to people.
+
+DDP, FSDP and DTensor take seconds to import, so the functions that need them import them.
 """
 
 import logging
@@ -19,11 +21,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from gpt2.config import ModelConfig, TrainParams
 from gpt2.core.errors import UserError
@@ -191,10 +189,12 @@ def data_parallel(model: nn.Module, batch_size: int) -> nn.Module:
     """
     if batch_size % world_size():
         raise UserError(f"train.batch_size {batch_size} is not a multiple of the {world_size()} processes")
-    first = next(model.parameters())
-    if not dist.is_initialized() or isinstance(first, DTensor):
+    weight = next(model.parameters())
+    if not dist.is_initialized() or is_sharded(weight):
         return model
-    device = first.device
+    from torch.nn.parallel import DistributedDataParallel
+
+    device = weight.device
     return DistributedDataParallel(model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 
@@ -203,9 +203,7 @@ def synchronized(model: nn.Module, now: bool) -> AbstractContextManager[None]:
 
     Those of a sharded model do each time: until then, each process would hold them whole.
     """
-    if isinstance(model, DistributedDataParallel) and not now:
-        return model.no_sync()
-    return nullcontext()
+    return nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync()  # type: ignore[operator]
 
 
 def own_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -229,12 +227,20 @@ def mean(values: Tensor) -> Tensor:
     return values / world_size()
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a DTensor, of which each process holds a part."""
+    return hasattr(tensor, "placements")
+
+
 @torch.no_grad()
 def fill(parameter: Tensor, whole: Tensor | None) -> None:
     """Give a parameter in all processes the values that the first one has; the others may give None."""
-    if isinstance(parameter, DTensor):
-        values = torch.empty(parameter.shape, dtype=parameter.dtype) if whole is None else whole
-        parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements))
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        placed: Any = parameter
+        values = torch.empty(placed.shape, dtype=placed.dtype) if whole is None else whole
+        placed.copy_(distribute_tensor(values, placed.device_mesh, placed.placements))
         return
     if whole is not None:
         parameter.copy_(whole)
@@ -244,25 +250,29 @@ def fill(parameter: Tensor, whole: Tensor | None) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor of which each process may hold a part."""
-    found = tensor.detach()
-    return found.full_tensor() if isinstance(found, DTensor) else found
+    found: Any = tensor.detach()
+    return found.full_tensor() if is_sharded(found) else found
 
 
 def share(model: nn.Module) -> None:
     """Give a model in all processes the weights that it has in the first."""
     for parameter in model.parameters():
-        if not isinstance(parameter, DTensor):
+        if not is_sharded(parameter):
             fill(parameter.data, None)
 
 
 @cache
-def mesh(device_type: str) -> DeviceMesh:
+def mesh(device_type: str) -> Any:
     """Return all processes, as DTensor wants to know them."""
+    from torch.distributed.device_mesh import init_device_mesh
+
     return init_device_mesh(device_type, (world_size(),))
 
 
 def sharded_model(config: ModelConfig, device: torch.device) -> GPT2Model:
     """Return the model that GPT2Model draws, each process with its part. No process ever holds more than one layer."""
+    from torch.distributed.fsdp import fully_shard
+
     with shapes_only():
         model = GPT2Model(**config.model_dump())
     layers = [layer for layer in model.modules() if next(layer.parameters(recurse=False), None) is not None]
@@ -289,13 +299,13 @@ def sharded_model(config: ModelConfig, device: torch.device) -> GPT2Model:
 
 def reshard(model: nn.Module) -> None:
     """Let each process hold its part alone again, after a forward pass without a backward pass."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    if hasattr(model, "reshard"):
+        model.reshard()  # type: ignore[operator]
 
 
 def gathered(model: GPT2Model, config: ModelConfig) -> GPT2Model:
     """Return the model with whole weights, on the CPU if it was sharded; the first process has it, the others not."""
-    if not isinstance(model.token_embedding.weight, DTensor):
+    if not is_sharded(model.token_embedding.weight):
         return model
     with shapes_only():
         gathered = GPT2Model(**config.model_dump())
@@ -313,11 +323,13 @@ def spread(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
     """
     if not dist.is_initialized():
         return function(matrices)
-    placed = matrices
-    if not isinstance(placed, DTensor):
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placed: Any = matrices
+    if not is_sharded(matrices):
         placed = DTensor.from_local(matrices, mesh(matrices.device.type), [Replicate()], run_check=False)
     own = placed.redistribute(placements=[Shard(0)])
     results = DTensor.from_local(
         function(own.to_local()), own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
     ).redistribute(placements=placed.placements)
-    return results if isinstance(matrices, DTensor) else results.to_local()
+    return results if is_sharded(matrices) else results.to_local()
