@@ -94,8 +94,7 @@ def run_training(
     if params.fused:
         use_fused_parts(model, seen_tokens, params.compile)
     if params.activation_checkpointing:
-        for block in model.transformer_blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        checkpoint_activations(model)
     if params.compile:
         for block in model.transformer_blocks:
             block.compile()
@@ -144,3 +143,9 @@ def use_fused_parts(model: GPT2Model, seen_tokens: SeenTokens, compiled: bool) -
     for module in model.modules():
         if isinstance(module, MultiHeadAttention):
             module.scaled_dot_product_attention = causal_attention
+
+
+def checkpoint_activations(model: GPT2Model) -> None:
+    """Let the backward pass compute each block's activations again, so that none but its input is kept."""
+    for block in model.transformer_blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
