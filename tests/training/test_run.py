@@ -226,7 +226,7 @@ def test_activation_checkpointing_computes_blocks_again_and_changes_no_weights(
 ) -> None:
     trained, calls = [], []
     for on in (False, True):
-        model, seen = make_model(dropout=0.2), []
+        model, seen = make_model(dropout=0.2), list[int]()
         model.get_submodule("transformer_blocks.0.layer_norm1").register_forward_hook(
             lambda module, *_, seen=seen: seen.append(1) if module.training else None
         )
