@@ -80,6 +80,13 @@ def test_unknown_name_gets_no_far_fetched_guess(problem: Callable[..., str]) -> 
     assert "sample.settings.0.top_kk is unknown (did you mean sample.settings.top_k?)" in line
 
 
+def test_settings_of_several_processes_agree(problem: Callable[..., str]) -> None:
+    assert "train: nproc_per_node 2 needs launcher torchrun" in problem(train__nproc_per_node=2)
+    assert "train: parallel fsdp needs initialization random" in problem(
+        train__nproc_per_node=1, train__parallel="fsdp"
+    )
+
+
 def test_all_problems_are_reported_at_once(problem: Callable[..., str]) -> None:
     line = problem(train__log_checkpoints=30, model__n_heads=5, prepare__source=MISSING, evaluate__strid=3)
     for told in (

@@ -188,13 +188,21 @@ class TrainParams(Section):
     log_checkpoints: Count | None
     fused: bool
     compile: bool
+    launcher: Literal["none", "torchrun"]
+    nproc_per_node: Annotated[int, Field(gt=0, le=1024)]
+    parallel: Literal["ddp", "fsdp"]
+    activation_checkpointing: bool
 
     @model_validator(mode="after")
-    def _logs_at_validations(self) -> Self:
+    def _settings_agree(self) -> Self:
         if self.log_checkpoints and self.log_checkpoints % self.eval_interval:
             raise ValueError(
                 f"log_checkpoints {self.log_checkpoints} is not a multiple of eval_interval {self.eval_interval}"
             )
+        if self.launcher == "none" and self.nproc_per_node > 1:
+            raise ValueError(f"nproc_per_node {self.nproc_per_node} needs launcher torchrun")
+        if self.parallel == "fsdp" and self.initialization == "bigrams" and not self.init_from:
+            raise ValueError("parallel fsdp needs initialization random, since bigrams need the whole model")
         return self
 
 

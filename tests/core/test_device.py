@@ -15,6 +15,7 @@ from gpt2.core.device import (
     choose_device,
     choose_micro_batch_size,
     choose_precision,
+    use_threads,
 )
 
 ErrorLine = Callable[[Callable[[], object]], str]
@@ -75,3 +76,10 @@ def test_auto_takes_the_cpus_that_the_process_may_use() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     auto, used, *fixed = map(int, done.stdout.split())
     assert auto == used == (1 if hasattr(os, "sched_setaffinity") else used) and fixed == [3, 3]
+
+
+def test_processes_of_one_machine_share_its_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for cpus, threads in ((9, 2), (2, 1)):
+        monkeypatch.setattr("gpt2.core.device.cpu_count", lambda cpus=cpus: cpus)
+        assert use_threads("auto") == torch.get_num_threads() == threads

@@ -86,6 +86,7 @@ def test_train_key_changes_with_parameters_of_training_alone(checkout: Path, par
     assert key == train_key(params())
     assert key != train_key(params(learning_rate=0.1)) and key != train_key(params("model", dropout=0.3))
     assert key == train_key(params("evaluate", stride=7))
+    assert key == train_key(params(launcher="torchrun", nproc_per_node=4, activation_checkpointing=True))
     assert run_key(params(), key) != run_key(params("evaluate", stride=7), key)
 
 

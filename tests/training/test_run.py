@@ -221,6 +221,20 @@ def test_same_arguments_give_the_same_weights(run: Callable[..., Any], make_mode
     assert not same_weights(runs[0], run(optimizer=optimizer, seed=99)[0])
 
 
+def test_activation_checkpointing_computes_blocks_again_and_changes_no_weights(
+    run: Callable[..., Any], make_model: MakeModel
+) -> None:
+    trained, calls = [], []
+    for on in (False, True):
+        model, seen = make_model(dropout=0.2), list[int]()
+        model.get_submodule("transformer_blocks.0.layer_norm1").register_forward_hook(
+            lambda module, *_, seen=seen: seen.append(1) if module.training else None
+        )
+        trained.append(run(model, activation_checkpointing=on)[0])
+        calls.append(len(seen))
+    assert same_weights(*trained) and calls == [6, 12]
+
+
 def test_looking_more_often_changes_no_weights(run: Callable[..., Any]) -> None:
     often, seldom = ({"log_interval": i, "eval_interval": i, "eval_windows": i} for i in (1, 5))
     assert same_weights(run(**often)[0], run(**seldom)[0])

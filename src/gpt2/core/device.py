@@ -1,5 +1,6 @@
 """What a computation runs on: device, dtype, threads, and how much memory it took."""
 
+import os
 import resource
 import sys
 from contextlib import suppress
@@ -63,9 +64,11 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 def use_threads(setting: Literal["auto"] | int) -> int:
     """Compute with so many CPU threads, on which the sums' rounding depends; return their number.
 
-    "auto" takes the CPUs that this process may use, by its affinity and its cgroup's quota.
+    "auto" takes the CPUs that this process may use, by its affinity and its cgroup's quota; its share of them if
+    torchrun has started several processes.
     """
-    count = cpu_count() if setting == "auto" else setting
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    count = max(1, cpu_count() // processes) if setting == "auto" else setting
     torch.set_num_threads(count)
     return count
 

@@ -59,14 +59,14 @@ class Purpose(IntEnum):
     DROPOUT = 3
 
 
-def seed_sequence(seed: int, purpose: Purpose, step: int = 0) -> np.random.SeedSequence:
-    """Return the seed of a random stream: no two seeds, purposes or steps share one."""
-    return np.random.SeedSequence([seed, purpose, step])
+def seed_sequence(seed: int, purpose: Purpose, step: int = 0, sequence: int = 0) -> np.random.SeedSequence:
+    """Return the seed of a random stream: no two seeds, purposes, steps or sequences share one."""
+    return np.random.SeedSequence([seed, purpose, step, sequence])
 
 
-def seed_torch(seed: int, purpose: Purpose, step: int = 0) -> None:
+def seed_torch(seed: int, purpose: Purpose, step: int = 0, sequence: int = 0) -> None:
     """Let PyTorch draw from that stream. (It hashes to a number, of which a CPU uses 32 bits, a GPU 64.)"""
-    torch.manual_seed(int(seed_sequence(seed, purpose, step).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(int(seed_sequence(seed, purpose, step, sequence).generate_state(1, np.uint64)[0]))
 
 
 def load_tokens(path: Path) -> Tokens:

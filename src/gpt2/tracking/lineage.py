@@ -24,14 +24,16 @@ UNCOMMITTED = ("src", "dvc.yaml", "params.yaml", "requirements.txt")  # what a d
 PRETRAINED = "data/pretrained"  # of which a training reads no more than parent_sha256 tells
 # Parameters that may differ where the first steps are equal.
 SHARED = {"max_steps", "decay_fraction", "checkpoint_interval", "log_checkpoints"}
+# Those that tell how to compute, not what: a training goes on in another number of processes.
+HOW = {"launcher", "nproc_per_node", "parallel", "activation_checkpointing"}
 Lineage = dict[str, Any]
 
 
 def collect_lineage(params: Params, threads: int) -> Lineage:
     """Return what a training that begins now is made from, as JSON can hold it.
 
-    `train_key` is the hash of what the trained weights depend on: the files that dvc.yaml lists for the stage, its
-    parameters, and PyTorch. The rest tells where these came from.
+    `train_key` is the hash of what the trained weights depend on, but for rounding: the files that dvc.yaml lists for
+    the stage, its parameters, and PyTorch. The rest tells where these came from.
     """
     pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     deps = [path for path in pipeline["stages"]["train"]["deps"] if path != PRETRAINED]
@@ -43,7 +45,7 @@ def collect_lineage(params: Params, threads: int) -> Lineage:
         "torch": torch.__version__,
     }
     return {
-        "train_key": hash_of(inputs),
+        "train_key": hash_of(inputs | {"train": params.train.model_dump(exclude=HOW)}),
         **inputs,
         "prepare": read_json(TOKENS / "meta.json")["prepare"],
         "threads": threads,
@@ -95,7 +97,7 @@ def shared_checkpoint(lineage: Lineage) -> Path | None:
 
 def _first_steps(lineage: Lineage) -> Lineage:
     """Return what the steps before the decay of the learning rates depend on."""
-    train = {name: value for name, value in lineage["train"].items() if name not in SHARED}
+    train = {name: value for name, value in lineage["train"].items() if name not in SHARED | HOW}
     parent = lineage.get("parent_sha256")
     return {name: lineage[name] for name in ("files", "model", "runtime", "torch")} | {"train": train, "parent": parent}
 

@@ -28,6 +28,7 @@ from gpt2.training.history import CURVES, LogMetrics, read_curves
 
 WriteModel = Callable[[Path], object]  # writes a model folder
 LogModel = Callable[[int, WriteModel], None]
+NO_LOG: tuple[LogMetrics, LogModel] = (lambda step, metrics: None), (lambda step, write_model: None)
 FLUSH_SECONDS = 5  # a write to the store costs as much as a small training step
 BATCH_LIMIT = 1000  # points in one call, MLflow's own limit
 SAMPLES_TABLE = "samples/samples.json"

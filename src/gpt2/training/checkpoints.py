@@ -7,19 +7,18 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gpt2.core.errors import UserError
 from gpt2.core.files import delete, file_lock, publish, sha256_of
-from gpt2.model.weights import save_tensors
+from gpt2.training import distributed
 
 KEPT = 2  # the newest may be found damaged
 FINISHED = "finished"  # the folder of the training that register has seen last
@@ -55,10 +54,13 @@ class Checkpoints:
         then.
         """
         written = self.folder / "partial"
-        named = _tensors(model, optimizers) | {f"best/{name}": weight for name, weight in (best or {}).items()}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+        tensors = _tensors(model, optimizers) | {f"best/{name}": weight for name, weight in (best or {}).items()}
+        if not distributed.is_first():
+            for tensor in tensors.values():
+                distributed.whole(tensor)
+            return
         try:
-            save_tensors(tensors, written, {NOTES: json.dumps(notes)})
+            _write(tensors, written, {NOTES: json.dumps(notes)})
             publish(written, self.folder / f"{step:010}-{sha256_of(written)}.safetensors")
         except OSError as error:
             delete(written)
@@ -74,14 +76,14 @@ class Checkpoints:
 
         Damaged ones are deleted, with a warning, so that they do not take the place of good ones among those kept.
         """
-        for path in self._files():
-            if _is_whole(path):
-                _load(path, model, optimizers, {} if best is None else best)
-                with safe_open(path, framework="pt") as file:
-                    return _step_of(path), json.loads(file.metadata()[NOTES])
-            print(f"warning: {path} is damaged; it is skipped and deleted", file=sys.stderr, flush=True)
-            delete(path)
-        return None
+        path = self._newest_whole() if distributed.is_first() else None
+        with safe_open(path, framework="pt") if path else nullcontext() as file:
+            told = distributed.from_first(lambda: _describe(path, file) if path else None)
+            if told is None:
+                return None
+            step, notes, shapes = told
+            _load(shapes, file, model, optimizers, {} if best is None else best)
+            return step, notes
 
     def last(self) -> str:
         """Say where the last checkpoint is."""
@@ -137,6 +139,14 @@ class Checkpoints:
     def _lock(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.lock")
 
+    def _newest_whole(self) -> Path | None:
+        for path in self._files():
+            if _is_whole(path):
+                return path
+            print(f"warning: {path} is damaged; it is skipped and deleted", file=sys.stderr, flush=True)
+            delete(path)
+        return None
+
     def _files(self) -> list[Path]:
         """All checkpoints, the newest first."""
         return sorted(self.folder.glob("*-*.safetensors"), reverse=True)
@@ -153,18 +163,44 @@ def _tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     return named
 
 
-def _load(path: Path, model: nn.Module, optimizers: Optimizers, best: Weights) -> None:
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write float32 tensors as safetensors, one at a time, since no process may have room for all. Raises OSError."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of their size
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            distributed.whole(tensor).cpu().numpy().tofile(file)
+
+
+def _describe(path: Path, file: Any) -> tuple[int, dict[str, Any], dict[str, list[int]]]:
+    """Return the step, the notes and the shape of each tensor of an open checkpoint."""
+    shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # it is no dict
+    return _step_of(path), json.loads(file.metadata()[NOTES]), shapes
+
+
+def _load(shapes: dict[str, list[int]], file: Any, model: nn.Module, optimizers: Optimizers, best: Weights) -> None:
+    """Give all processes the tensors, one at a time, of the file that the first one has."""
     parameters = dict(model.named_parameters())
     owners = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
-    for name, tensor in load_file(path, backend="pread").items():  # not mapped: its tensors outlive the file
+    for name, shape in shapes.items():
         kind, parameter_name, *key = name.split("/")
         parameter = parameters[parameter_name]
-        if kind == "model":
-            parameter.data.copy_(tensor)
-        elif kind == "best":
-            best[parameter_name] = tensor
-        else:
-            owners[id(parameter)].state[parameter][key[0]] = tensor.to(parameter.device)
+        tensor = parameter.data
+        if kind != "model":
+            is_alike = shape == list(parameter.shape)
+            tensor = torch.empty_like(tensor) if is_alike else torch.empty(shape, device=parameter.device)
+        distributed.fill(tensor, file.get_tensor(name) if file else None)
+        if kind == "best":
+            best[parameter_name] = tensor.cpu()
+        elif kind == "optimizer":
+            owners[id(parameter)].state[parameter][key[0]] = tensor
 
 
 def _step_of(path: Path) -> int:

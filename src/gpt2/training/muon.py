@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from gpt2.training.distributed import spread
+
 MOMENTUM = 0.95
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: small singular values grow fastest
@@ -42,7 +44,7 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self._momentum(matrix) for matrix in matrices]
                 torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
                 nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))
-                updates = orthogonalize(nesterov.to(self.precision)).to(nesterov.dtype)
+                updates = spread(orthogonalize, nesterov.to(self.precision)).to(nesterov.dtype)
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 step = -group["lr"] * ADAMW_RMS * math.sqrt(max(shape))
                 torch._foreach_add_(matrices, updates.unbind(), alpha=step)

@@ -4,8 +4,10 @@ Shapes: N tokens of a split, V vocabulary.
 """
 
 import json
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from gpt2.config import ModelConfig, RuntimeParams, TrainParams
 from gpt2.core.cli import stop_requests
@@ -15,10 +17,10 @@ from gpt2.data.batches import Purpose, SeenMask, Tokens, seed_torch
 from gpt2.model.gpt2 import GPT2Model, MultiHeadAttention
 from gpt2.model.seen_tokens import SeenTokens
 from gpt2.model.weights import shapes_only
+from gpt2.training import distributed
 from gpt2.training.attention import causal_attention
 from gpt2.training.bigrams import initialize_from_bigrams
 from gpt2.training.checkpoints import Checkpoints
-from gpt2.training.cuda_graph import capture
 from gpt2.training.history import History, LogMetrics, LogWeights
 from gpt2.training.loss import FusedCrossEntropy
 from gpt2.training.trainer import Trainer, train, validate
@@ -29,12 +31,16 @@ def build_model(config: ModelConfig, params: TrainParams, device: torch.device) 
     """Return a model with random weights on the device. Raises UserError if its training cannot fit into memory."""
     with shapes_only():
         parameters = GPT2Model(**config.model_dump()).count_parameters()
+    is_sharded = params.parallel == "fsdp" and distributed.is_started()
     weights_bytes = parameters * 4 * 3  # with gradients and the least that an optimizer keeps
+    weights_bytes //= distributed.world_size() if is_sharded else 1
     micro_batch_size = min(choose_micro_batch_size(params.micro_batch_size, device), params.batch_size)
     activations_bytes = micro_batch_size * params.sequence_length * config.d_model * config.n_layers * 4
     batch_bytes = params.batch_size * params.sequence_length * 8  # of int64
     check_memory(weights_bytes + activations_bytes + batch_bytes, device)
     seed_torch(params.seed, Purpose.WEIGHTS)
+    if is_sharded:
+        return distributed.sharded_model(config, device)
     return GPT2Model(**config.model_dump()).to(device)
 
 
@@ -51,11 +57,11 @@ def check_shape(config: ModelConfig, given: ModelConfig, name: str) -> None:
         raise UserError(f"train.init_from {name} has another shape: set {', '.join(changes)}".replace('"', ""))
 
 
-def take_weights(model: GPT2Model, given: GPT2Model) -> None:
-    """Give a model the weights of one of the same shape; of its positions, the first."""
-    weights = given.state_dict()
-    weights["position_embedding.weight"] = weights["position_embedding.weight"][: model.max_len]
-    model.load_state_dict(weights)
+def take_weights(model: GPT2Model, given: GPT2Model | None) -> None:
+    """Give a model the weights of one of the same shape, which the first process has; of its positions, the first."""
+    for name, parameter in model.named_parameters():
+        whole = given.get_parameter(name).data[: len(parameter)] if given else None
+        distributed.fill(parameter, whole)
 
 
 def run_training(
@@ -87,23 +93,27 @@ def run_training(
     seen_tokens = SeenTokens(torch.from_numpy(seen).to(device))
     if params.fused:
         use_fused_parts(model, seen_tokens, params.compile)
+    if params.activation_checkpointing:
+        checkpoint_activations(model)
     if params.compile:
         for block in model.transformer_blocks:
             block.compile()
     with log.paused():
-        if checkpoint := checkpoints.restore(model, trainer.optimizers, trainer.best):
-            start, log_state = checkpoint
+        if restored := checkpoints.restore(model, trainer.optimizers, trainer.best):
+            start, log_state = restored
             print(f"resuming after step {start}, from {checkpoints.folder}", flush=True)
             log.restore(log_state)
         else:
             start = 0
             print("starting at step 0: there is no checkpoint of this training", flush=True)
             initialize(model, train_tokens, seen_tokens, params)
+            distributed.share(model)
             validate(trainer, log, 0)
-        if device.type == "cuda" and not log.is_over(start):
-            trainer.gradients = capture(trainer.compute_gradients, *(x.to(device) for x in trainer.batches(start)))
+        is_plain = not distributed.is_started() and not params.activation_checkpointing
+        if device.type == "cuda" and is_plain and not log.is_over(start):
+            trainer.capture(start)
     with stop_requests() as stop_signal:
-        train(trainer, log, start, stop_signal, log_weights)
+        train(trainer, log, start, distributed.agreed(stop_signal), log_weights)
     if log.steps < params.max_steps:
         print(f"stopped early after step {log.steps}: the lowest val/loss is that of step {log.best_step}", flush=True)
     model.load_state_dict(trainer.best, strict=False)  # none, if the last are kept
@@ -122,7 +132,9 @@ def initialize(model: GPT2Model, train_tokens: Tokens, seen_tokens: SeenTokens, 
         seed_torch(params.seed, Purpose.INITIALIZATION)
         initialize_from_bigrams(model, train_tokens)
     if params.fused:
-        seen_tokens.equalize(model.output_projection.weight)
+        weight = distributed.whole(model.output_projection.weight)
+        seen_tokens.equalize(weight)
+        distributed.fill(model.output_projection.weight, weight)
 
 
 def use_fused_parts(model: GPT2Model, seen_tokens: SeenTokens, compiled: bool) -> None:
@@ -131,3 +143,9 @@ def use_fused_parts(model: GPT2Model, seen_tokens: SeenTokens, compiled: bool) -
     for module in model.modules():
         if isinstance(module, MultiHeadAttention):
             module.scaled_dot_product_attention = causal_attention
+
+
+def checkpoint_activations(model: GPT2Model) -> None:
+    """Let the backward pass compute each block's activations again, so that none but its input is kept."""
+    for block in model.transformer_blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -16,7 +16,9 @@ from gpt2.core.errors import Stopped
 from gpt2.core.progress import Progress
 from gpt2.data.batches import Purpose, Tokens, TrainingBatches, seed_torch, validation_batches
 from gpt2.model.gpt2 import GPT2Model
+from gpt2.training import distributed
 from gpt2.training.checkpoints import Checkpoints
+from gpt2.training.cuda_graph import capture
 from gpt2.training.history import LogWeights
 from gpt2.training.optimizers import build_optimizers, set_learning_rates, shared_steps
 from gpt2.training.training_log import TrainingLog
@@ -25,7 +27,7 @@ from gpt2.training.training_log import TrainingLog
 class Trainer:
     """A model on its device, its optimizers and its batches.
 
-    Raises UserError if a split is too short for one window.
+    Raises UserError if a split is too short for one window, or the processes cannot share a batch.
     """
 
     def __init__(
@@ -44,43 +46,65 @@ class Trainer:
         self.val_batches = partial(validation_batches, val_tokens, self.micro_batch_size, params.sequence_length)
         self.val_batches()  # raises now, not at the first validation
         self.val_windows = (len(val_tokens) - 1) // params.sequence_length
+        self.parallel = distributed.data_parallel(model, params.batch_size)  # the model itself in a single process
         self.optimizers = build_optimizers(model, params, precision)
         self.best: dict[str, Tensor] = {}  # the weights of the lowest val/loss, if they are to be kept
-        self.gradients: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = self.compute_gradients  # or a CUDA graph of it
+        self.gradients: Callable[[Tensor, Tensor, int], tuple[Tensor, ...]] = self.compute_gradients
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
         """Do optimizer step `step` (from 0); return the loss () and the gradient norm () before clipping."""
-        seed_torch(self.params.seed, Purpose.DROPOUT, step)  # dropout too is a pure function of (seed, step)
         set_learning_rates(self.optimizers, step, self.params)
-        loss, grad_norm = self.gradients(*self.batches(step))
+        inputs, targets = distributed.own_rows(*self.batches(step))
+        loss, grad_norm = self.gradients(inputs, targets, step)
         for optimizer in self.optimizers:
             optimizer.step()
         return loss, grad_norm
 
-    def compute_gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the clipped gradients of a batch (B, T), a micro-batch at a time; return loss () and norm ()."""
+    def compute_gradients(self, inputs: Tensor, targets: Tensor, step: int | None = None) -> tuple[Tensor, Tensor]:
+        """Compute the clipped gradients of a batch (B, T), a micro-batch at a time; return loss () and norm ().
+
+        Dropout is a pure function of the seed, the step, if that is given, and a micro-batch's place in the batch.
+        """
         self.model.zero_grad()
         total = torch.zeros((), device=self.device)
-        for x, y in zip(inputs.split(self.micro_batch_size), targets.split(self.micro_batch_size), strict=True):
-            with autocast(self.device, self.precision):
-                loss = self.model(x.to(self.device), y.to(self.device)) * (len(x) / len(inputs))
-            loss.backward()
+        first = distributed.rank() * len(inputs)  # its first sequence in the whole batch
+        for start in range(0, len(inputs), self.micro_batch_size):
+            x, y = (tensor[start : start + self.micro_batch_size].to(self.device) for tensor in (inputs, targets))
+            if step is not None:
+                seed_torch(self.params.seed, Purpose.DROPOUT, step, first + start)
+            with distributed.synchronized(self.parallel, now=start + len(x) == len(inputs)):
+                with autocast(self.device, self.precision):
+                    loss = self.parallel(x, y) * (len(x) / len(inputs))
+                loss.backward()
             total += loss.detach()
-        return total, nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip)
+        norm = distributed.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
+        return distributed.mean(total), norm
+
+    def capture(self, step: int) -> None:
+        """Let a CUDA graph compute the gradients, of batches like that of `step`. Its dropout is drawn once a step."""
+        graph = capture(self.compute_gradients, *(tensor.to(self.device) for tensor in self.batches(step)))
+
+        def gradients(inputs: Tensor, targets: Tensor, step: int) -> tuple[Tensor, ...]:
+            seed_torch(self.params.seed, Purpose.DROPOUT, step)
+            return graph(inputs, targets)
+
+        self.gradients = gradients
 
     @torch.no_grad()
     def validate(self, max_windows: int | None = None) -> float:
         """Return the mean loss, without dropout, of the validation split or of `max_windows` of its windows."""
         self.model.eval()
-        total, count = torch.zeros((), dtype=torch.float64), 0
+        sums = torch.zeros(2, dtype=torch.float64)  # of losses, and of tokens
         with Progress("validate", min(self.val_windows, max_windows or self.val_windows), brief=True) as progress:
-            for x, y in self.val_batches(max_windows):
+            for (x, y), counts in distributed.own_share(self.val_batches(max_windows)):
                 with autocast(self.device, self.precision):
-                    total += self.model(x.to(self.device), y.to(self.device)).cpu().double() * y.numel()
-                count += y.numel()
-                progress.advance(len(x))
+                    loss = self.model(x.to(self.device), y.to(self.device)).cpu().double()
+                sums += torch.stack([loss, torch.ones_like(loss)]) * (y.numel() * counts)
+                progress.advance(len(x) * distributed.world_size())
         self.model.train()
-        return float(total / count)
+        distributed.reshard(self.model)
+        loss, tokens = distributed.mean(sums)
+        return float(loss / tokens)
 
     def save(self, step: int, log_state: dict[str, Any]) -> None:
         """Write a checkpoint of the state after `step` steps. Raises OSError; the one before is intact then."""
