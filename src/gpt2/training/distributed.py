@@ -206,9 +206,10 @@ def synchronized(model: nn.Module, now: bool) -> AbstractContextManager[None]:
     return nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync()  # type: ignore[operator]
 
 
-def own_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return this process's rows of each of some tensors (B, ...) of the global batch."""
-    return tuple(tensor.chunk(world_size())[rank()] for tensor in tensors)
+def own_rows(batch_size: int) -> slice:
+    """Return which rows of the global batch are this process's."""
+    count = batch_size // world_size()
+    return slice(rank() * count, (rank() + 1) * count)
 
 
 def own_share(items: Iterator[Value]) -> Iterator[tuple[Value, bool]]:

@@ -47,6 +47,7 @@ class Trainer:
         self.val_batches()  # raises now, not at the first validation
         self.val_windows = (len(val_tokens) - 1) // params.sequence_length
         self.parallel = distributed.data_parallel(model, params.batch_size)  # the model itself in a single process
+        self.rows = distributed.own_rows(params.batch_size)
         self.optimizers = build_optimizers(model, params, precision)
         self.best: dict[str, Tensor] = {}  # the weights of the lowest val/loss, if they are to be kept
         self.gradients: Callable[[Tensor, Tensor, int], tuple[Tensor, ...]] = self.compute_gradients
@@ -54,8 +55,7 @@ class Trainer:
     def step(self, step: int) -> tuple[Tensor, Tensor]:
         """Do optimizer step `step` (from 0); return the loss () and the gradient norm () before clipping."""
         set_learning_rates(self.optimizers, step, self.params)
-        inputs, targets = distributed.own_rows(*self.batches(step))
-        loss, grad_norm = self.gradients(inputs, targets, step)
+        loss, grad_norm = self.gradients(*self.batches(step, self.rows), step)
         for optimizer in self.optimizers:
             optimizer.step()
         return loss, grad_norm
@@ -67,11 +67,10 @@ class Trainer:
         """
         self.model.zero_grad()
         total = torch.zeros((), device=self.device)
-        first = distributed.rank() * len(inputs)  # its first sequence in the whole batch
         for start in range(0, len(inputs), self.micro_batch_size):
             x, y = (tensor[start : start + self.micro_batch_size].to(self.device) for tensor in (inputs, targets))
             if step is not None:
-                seed_torch(self.params.seed, Purpose.DROPOUT, step, first + start)
+                seed_torch(self.params.seed, Purpose.DROPOUT, step, self.rows.start + start)
             with distributed.synchronized(self.parallel, now=start + len(x) == len(inputs)):
                 with autocast(self.device, self.precision):
                     loss = self.parallel(x, y) * (len(x) / len(inputs))
