@@ -51,7 +51,10 @@ def register(
             logged = log_model(model_name, [MODEL, LINEAGE, PARAMS, DOCUMENTS], NO_STEP, model_sha256, EXAMPLE)
             project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
             tags = shown | made_from | {PROJECT_VERSION: project["version"]}
-            version = mlflow.register_model(logged.model_uri, name, tags=tags)
+            made = mlflow.register_model(logged.model_uri, name, tags=tags)
+            version = find_version(client, model_sha256, name) or made
+            if int(version.version) < int(made.version):  # another machine has registered these weights meanwhile
+                client.delete_model_version(name, made.version)
         for key, value in (shown | measured | {RUN_ID: run.info.run_id}).items():
             client.set_model_version_tag(name, version.version, key, value)
         version = client.get_model_version(name, version.version)
@@ -108,7 +111,7 @@ def _local_artifacts(source: str, name: str, uri: str) -> Path:
         if not kept.exists():
             with atomic_write(kept) as partial:
                 partial.mkdir()
-                get_artifact_repository(source).download_artifacts("", str(partial))
+                get_artifact_repository(source).download_artifacts("artifacts", str(partial))
                 read_config(partial / "artifacts" / MODEL.name)  # files lost in the store download as nothing
     return kept / "artifacts"
 
@@ -189,10 +192,10 @@ def _version_numbers(client: mlflow.MlflowClient, uri: str) -> list[str]:
 
 
 def find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | None = None) -> ModelVersion | None:
-    """Return a version that holds the weights of a SHA-256, of any registered model or of one."""
+    """Return the first version that holds the weights of a SHA-256, of any registered model or of one."""
     conditions = [f"tags.`{MODEL_SHA256}` = '{model_sha256}'", *([f"name = '{name}'"] if name else [])]
     found = client.search_model_versions(" and ".join(conditions))
-    return found[0] if found else None
+    return min(found, key=lambda version: int(version.version), default=None)
 
 
 def unchanged_parent(made_from: dict[str, str]) -> ModelVersion | None:

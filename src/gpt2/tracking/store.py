@@ -20,8 +20,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE as NOTE
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from gpt2.core.errors import UserError
 from gpt2.core.files import file_lock
@@ -92,7 +93,12 @@ def open_store() -> str:
         if experiment is None:
             withdraw_receipt()  # it is of another store
             location = (database.parent / ARTIFACTS).as_uri() if database else None
-            return client.create_experiment(EXPERIMENT, artifact_location=location, tags=EXPERIMENT_TAGS)
+            try:
+                return client.create_experiment(EXPERIMENT, artifact_location=location, tags=EXPERIMENT_TAGS)
+            except MlflowException:
+                experiment = client.get_experiment_by_name(EXPERIMENT)  # a colleague may have made it meanwhile
+                if experiment is None:
+                    raise
         for name in EXPERIMENT_TAGS.keys() - experiment.tags.keys():
             client.set_experiment_tag(experiment.experiment_id, name, EXPERIMENT_TAGS[name])
         if experiment.lifecycle_stage == "deleted":
@@ -213,8 +219,14 @@ def _connect(uri: str) -> None:
 
 
 def _client() -> mlflow.MlflowClient:
-    """Return a client of the store. Raises MlflowException if its URI is none, or its driver is not installed."""
+    """Return a client of the store. Raises MlflowException if its URI is none, or its driver is not installed.
+
+    Raises SQLAlchemyError if a database does not answer or refuses, at once: MLflow itself would try for minutes.
+    """
+    uri = mlflow.get_tracking_uri()
     try:
+        if uri.startswith(("postgresql", "mysql", "mssql")):
+            create_engine(uri, poolclass=NullPool).connect().close()
         return mlflow.MlflowClient()
     except (ImportError, OSError, ValueError) as error:
-        raise MlflowException(f"{mlflow.get_tracking_uri()} cannot be used: {error}") from None
+        raise MlflowException(f"MLFLOW_TRACKING_URI cannot be used: {error}") from None  # it may have a password
