@@ -109,10 +109,13 @@ def _local_artifacts(source: str, name: str, uri: str) -> Path:
     kept = main_root() / ".cache" / "models" / name
     with file_lock(kept.with_suffix(".lock"), f"another process downloads {uri}"):
         if not kept.exists():
+            repository = get_artifact_repository(source)
+            if not repository.list_artifacts("artifacts"):
+                withdraw_receipt()
+                raise UserError(f"MLflow's store has lost the files of {uri}; `dvc repro` registers what it can")
             with atomic_write(kept) as partial:
                 partial.mkdir()
-                get_artifact_repository(source).download_artifacts("artifacts", str(partial))
-                read_config(partial / "artifacts" / MODEL.name)  # files lost in the store download as nothing
+                repository.download_artifacts("artifacts", str(partial))
     return kept / "artifacts"
 
 
@@ -146,7 +149,7 @@ def _open_store(uri: str) -> Iterator[None]:
                     hint = f"there are versions {', '.join(numbers)}; `dvc repro` chooses the champion anew"
                 raise
     except STORE_ERRORS as error:
-        message = str(error).partition("\n")[0]
+        message = " ".join(str(error).split())
         if getattr(error, "error_code", None) not in NOT_THERE:
             raise UserError(f"MLflow's store fails ({message})") from None
         withdraw_receipt()

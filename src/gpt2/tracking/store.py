@@ -63,7 +63,17 @@ PATH_COLUMNS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error)
+STORE_ERRORS: tuple[type[Exception], ...] = (
+    MlflowException,
+    SQLAlchemyError,
+    sqlite3.Error,
+    ImportError,  # a store's driver is not installed
+)
+with suppress(ImportError):  # only who keeps artifacts on S3 has these
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    STORE_ERRORS += (Boto3Error, BotoCoreError, ClientError)
 
 
 def store_lock() -> AbstractContextManager[None]:
