@@ -107,6 +107,8 @@ def _local_artifacts(source: str, name: str, uri: str) -> Path:
             withdraw_receipt()  # the next `dvc repro` registers what can be registered again
         return folder
     kept = main_root() / ".cache" / "models" / name
+    if kept.exists():  # whole, and perhaps of another user, who alone may lock it
+        return kept / "artifacts"
     with file_lock(kept.with_suffix(".lock"), f"another process downloads {uri}"):
         if not kept.exists():
             repository = get_artifact_repository(source)

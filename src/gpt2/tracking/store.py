@@ -167,7 +167,7 @@ def repair() -> str:
     try:
         with store_lock():
             count = mend_paths(database, database.parent)
-    except (*STORE_ERRORS, OSError) as error:
+    except (sqlite3.Error, OSError) as error:
         raise UserError(f"{database} cannot be repaired ({error})") from None
     return f"mended {count} paths in {database}" if count else f"nothing to repair: the paths in {database} are right"
 
