@@ -106,7 +106,7 @@ def server(database: str, team: dict[str, str], store: Any, tmp_path_factory: py
     """Return what runs MLflow's server, which knows Ada and Bob."""
     folder, address = tmp_path_factory.mktemp("server"), team["MLFLOW_TRACKING_URI"]
     (folder / "auth.ini").write_text(
-        f"[mlflow]\ndefault_permission = EDIT\ndatabase_uri = {database}\nadmin_username = admin\n"
+        f"[mlflow]\ndefault_permission = MANAGE\ndatabase_uri = {database}\nadmin_username = admin\n"
         f"admin_password = {SECRET}\nauth_cache_ttl_seconds = 60\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )

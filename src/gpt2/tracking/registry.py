@@ -118,6 +118,7 @@ def _local_artifacts(source: str, name: str, uri: str) -> Path:
             with atomic_write(kept) as partial:
                 partial.mkdir()
                 repository.download_artifacts("artifacts", str(partial))
+                read_config(partial / "artifacts" / MODEL.name)  # a lost model is not kept
     return kept / "artifacts"
 
 
