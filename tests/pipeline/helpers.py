@@ -152,12 +152,14 @@ def stages_run(output: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(command: list[str], folder: Path, environment: dict[str, str], address: str) -> Iterator[str]:
-    """Run a server in `folder`; yield its address when it answers, and kill it in the end."""
+def running(
+    command: list[str], folder: Path, environment: dict[str, str], address: str, path: str = "health"
+) -> Iterator[str]:
+    """Run a server in `folder`; yield its address when it answers at `path`, and kill it in the end."""
     with tempfile.TemporaryFile() as log:
         server = psutil.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     try:
-        wait_for(lambda: answers(f"{address}/health"), server)
+        wait_for(lambda: answers(f"{address}/{path}"), server)
         yield address
     finally:
         for process in (*server.children(recursive=True), server):

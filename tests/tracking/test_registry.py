@@ -49,15 +49,16 @@ def test_making_a_version_again_takes_its_commit_its_changes_and_its_texts() -> 
     assert commands("", "", "sotu") == ["# It was made outside git, so there is no commit to make it again from."]
 
 
+@pytest.mark.parametrize(("listed", "reason"), [([], "has lost the files"), (["config"], "config.json does not exist")])
 def test_a_download_without_files_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_line: ErrorLine
+    listed: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_line: ErrorLine
 ) -> None:
-    empty = SimpleNamespace(download_artifacts=lambda *_: None)
+    empty = SimpleNamespace(list_artifacts=lambda _: listed, download_artifacts=lambda *_: None)
     monkeypatch.setattr(registry, "get_artifact_repository", lambda _: empty)
     monkeypatch.setattr(mlflow.MlflowClient, "get_model_version_download_uri", lambda *_: "mlflow-artifacts:/1")
     monkeypatch.setattr(registry, "main_root", lambda: tmp_path)
     (tmp_path / ".cache/models").mkdir(parents=True)
-    assert "config.json does not exist" in error_line(lambda: registry.artifacts_folder(version(1)))
+    assert reason in error_line(lambda: registry.artifacts_folder(version(1)))
     assert [file.suffix for file in (tmp_path / ".cache/models").iterdir()] == [".lock"]
 
 

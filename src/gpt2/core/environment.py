@@ -7,6 +7,7 @@ MLFLOW_DEFAULTS = {
     # With MLflow's own defaults, a server that does not answer would hold up a command for a quarter of an hour.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "PGCONNECT_TIMEOUT": "30",
 }
 
 # OpenMP's idle threads sleep then. By default they spin, so that two trainings on the same cores take twice as long.

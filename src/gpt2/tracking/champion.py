@@ -35,25 +35,30 @@ def choose_champion(version: ModelVersion, params: Params) -> str:
 
     Return what was done and why, which the version keeps as a tag.
     """
-    client = mlflow.MlflowClient()
-    name, alias, policy = params.register_.name, params.register_.alias, params.register_.promote
     with store_lock():
-        held_by = client.get_registered_model(name).aliases.get(alias)
-        holder = _find(client, name, held_by) if held_by else None
-        if holder and _is_same(holder, version):
-            return f"{name} version {version.version} is {alias}: it holds it already"
-        reasons = [f"version {held_by}, which held it, is lost"] if held_by and not holder else []
-        best: ModelVersion | None
-        if policy == "if_better":
-            best, compared = _best(client, version, holder, params)
-            reasons += compared
-        else:
-            best = version if policy == "always" else holder
-            reasons.append(f"register.promote is {policy}")
-        if best and not (holder and _is_same(best, holder)):
-            client.set_registered_model_alias(name, alias, best.version)
-        verdict = "; ".join(reasons) or "there is no other version"
-        client.set_model_version_tag(name, version.version, VERDICT, verdict)
+        return _choose(mlflow.MlflowClient(), version, params)
+
+
+def _choose(client: mlflow.MlflowClient, version: ModelVersion, params: Params) -> str:
+    name, alias, policy = params.register_.name, params.register_.alias, params.register_.promote
+    held_by = client.get_registered_model(name).aliases.get(alias)
+    holder = _find(client, name, held_by) if held_by else None
+    if holder and _is_same(holder, version):
+        return f"{name} version {version.version} is {alias}: it holds it already"
+    reasons = [f"version {held_by}, which held it, is lost"] if held_by and not holder else []
+    best: ModelVersion | None
+    if policy == "if_better":
+        best, compared = _best(client, version, holder, params)
+        reasons += compared
+    else:
+        best = version if policy == "always" else holder
+        reasons.append(f"register.promote is {policy}")
+    if client.get_registered_model(name).aliases.get(alias) != held_by:  # another machine has given it meanwhile
+        return _choose(client, version, params)
+    if best and not (holder and _is_same(best, holder)):
+        client.set_registered_model_alias(name, alias, best.version)
+    verdict = "; ".join(reasons) or "there is no other version"
+    client.set_model_version_tag(name, version.version, VERDICT, verdict)
     is_champion = best and _is_same(best, version)
     return f"{name} version {version.version} {'is' if is_champion else 'is not'} {alias}: {verdict}"
 

@@ -51,7 +51,10 @@ def register(
             logged = log_model(model_name, [MODEL, LINEAGE, PARAMS, DOCUMENTS], NO_STEP, model_sha256, EXAMPLE)
             project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
             tags = shown | made_from | {PROJECT_VERSION: project["version"]}
-            version = mlflow.register_model(logged.model_uri, name, tags=tags)
+            made = mlflow.register_model(logged.model_uri, name, tags=tags)
+            version = find_version(client, model_sha256, name) or made
+            if int(version.version) < int(made.version):  # another machine has registered these weights meanwhile
+                client.delete_model_version(name, made.version)
         for key, value in (shown | measured | {RUN_ID: run.info.run_id}).items():
             client.set_model_version_tag(name, version.version, key, value)
         version = client.get_model_version(name, version.version)
@@ -105,12 +108,18 @@ def _local_artifacts(source: str, tags: dict[str, str], uri: str, prefix: str = 
         _check_recorded(folder, tags, uri)
         return folder
     kept = main_root() / ".cache" / "models" / f"{prefix}{tags[MODEL_SHA256]}"
+    if kept.exists():  # whole, and perhaps of another user, who alone may lock it
+        return kept / "artifacts"
     with file_lock(kept.with_suffix(".lock"), f"another process downloads {uri}"):
         if not kept.exists():
+            repository = get_artifact_repository(source)
+            if not repository.list_artifacts("artifacts"):
+                withdraw_receipt()
+                raise UserError(f"MLflow's store has lost the files of {uri}; `dvc repro` registers what it can")
             with atomic_write(kept) as partial:
                 partial.mkdir()
                 try:
-                    get_artifact_repository(source).download_artifacts("", str(partial))
+                    repository.download_artifacts("artifacts", str(partial))
                 except Exception as error:  # whatever the driver of a storage raises
                     raise UserError(f"{uri} cannot be downloaded from {source} ({error})") from None
                 _check_recorded(partial / "artifacts", tags, uri)
@@ -158,7 +167,7 @@ def _open_store(uri: str) -> Iterator[None]:
                     hint = f"there are versions {', '.join(numbers)}; `dvc repro` chooses the champion anew"
                 raise
     except STORE_ERRORS as error:
-        message = str(error).partition("\n")[0]
+        message = " ".join(str(error).split())
         if getattr(error, "error_code", None) not in NOT_THERE:
             raise UserError(f"MLflow's store fails ({message})") from None
         withdraw_receipt()
@@ -204,10 +213,10 @@ def _version_numbers(client: mlflow.MlflowClient, uri: str) -> list[str]:
 
 
 def find_version(client: mlflow.MlflowClient, model_sha256: str, name: str | None = None) -> ModelVersion | None:
-    """Return a version that holds the weights of a SHA-256, of any registered model or of one."""
+    """Return the first version that holds the weights of a SHA-256, of any registered model or of one."""
     conditions = [f"tags.`{MODEL_SHA256}` = '{model_sha256}'", *([f"name = '{name}'"] if name else [])]
     found = client.search_model_versions(" and ".join(conditions))
-    return found[0] if found else None
+    return min(found, key=lambda version: int(version.version), default=None)
 
 
 def unchanged_parent(made_from: dict[str, str]) -> ModelVersion | None:

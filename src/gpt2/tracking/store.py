@@ -21,8 +21,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE as NOTE
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from gpt2.core.errors import UserError, one_line
 from gpt2.core.files import file_lock
@@ -63,7 +64,18 @@ PATH_COLUMNS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, ParseError)  # the last of a server that is none
+STORE_ERRORS: tuple[type[Exception], ...] = (
+    MlflowException,
+    SQLAlchemyError,
+    sqlite3.Error,
+    ParseError,  # what answers is no server of MLflow's
+    ImportError,  # a store's driver is not installed
+)
+with suppress(ImportError):  # only who keeps artifacts on S3 has these
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    STORE_ERRORS += (Boto3Error, BotoCoreError, ClientError)
 
 
 def store_lock() -> AbstractContextManager[None]:
@@ -93,7 +105,12 @@ def open_store() -> str:
         if experiment is None:
             withdraw_receipt()  # it is of another store
             location = (database.parent / ARTIFACTS).as_uri() if database else None
-            return client.create_experiment(EXPERIMENT, artifact_location=location, tags=EXPERIMENT_TAGS)
+            try:
+                return client.create_experiment(EXPERIMENT, artifact_location=location, tags=EXPERIMENT_TAGS)
+            except MlflowException:
+                experiment = client.get_experiment_by_name(EXPERIMENT)  # a colleague may have made it meanwhile
+                if experiment is None:
+                    raise
         for name in EXPERIMENT_TAGS.keys() - experiment.tags.keys():
             client.set_experiment_tag(experiment.experiment_id, name, EXPERIMENT_TAGS[name])
         if experiment.lifecycle_stage == "deleted":
@@ -150,7 +167,7 @@ def repair() -> str:
     try:
         with store_lock():
             count = mend_paths(database, database.parent)
-    except (*STORE_ERRORS, OSError) as error:
+    except (sqlite3.Error, OSError) as error:
         raise UserError(f"{database} cannot be repaired ({error})") from None
     return f"mended {count} paths in {database}" if count else f"nothing to repair: the paths in {database} are right"
 
@@ -216,8 +233,14 @@ def _connect(uri: str) -> None:
 
 
 def _client() -> mlflow.MlflowClient:
-    """Return a client of the store. Raises MlflowException if its URI is none, or its driver is not installed."""
+    """Return a client of the store. Raises MlflowException if its URI is none, or its driver is not installed.
+
+    Raises SQLAlchemyError if a database does not answer or refuses, at once: MLflow itself would try for minutes.
+    """
+    uri = mlflow.get_tracking_uri()
     try:
+        if uri.startswith(("postgresql", "mysql", "mssql")):
+            create_engine(uri, poolclass=NullPool).connect().close()
         return mlflow.MlflowClient()
     except (ImportError, OSError, ValueError) as error:
-        raise MlflowException(f"{mlflow.get_tracking_uri()} cannot be used: {error}") from None
+        raise MlflowException(f"MLFLOW_TRACKING_URI cannot be used: {error}") from None  # it may have a password
