@@ -49,6 +49,7 @@ class Running:
     trial: Trial
     values: sweeps.Values
     lock: BaseFileLock
+    log: Path
     process: psutil.Process | None  # None if the results are there
 
 
@@ -75,8 +76,8 @@ def search(study: Study, params: Params, jobs: int) -> None:
     running: list[Running] = []
     try:
         while True:
-            while len(running) < jobs and (one := start(study, params, parent)):
-                running.append(one)
+            while len(running) < jobs and start(study, params, parent, running):
+                pass
             if not running:
                 break
             for one in running[:]:
@@ -89,41 +90,39 @@ def search(study: Study, params: Params, jobs: int) -> None:
         for one in running:
             interrupt(one.process)
     print(sweeps.mirror(study, params, parent))
-    with suppress(ValueError):  # no trial is complete
+    try:
         best = f"{study.study_name}-{study.best_trial.number}"
-        print(f"`dvc exp apply {best}` takes its parameters and its model; then `dvc repro` measures and registers it")
+    except ValueError:
+        raise UserError(f"no trial is complete; see {sweeps.sweep_folder(study.study_name)}") from None
+    print(f"`dvc exp apply {best}` takes its parameters and its model; then `dvc repro` measures and registers it")
 
 
-def start(study: Study, params: Params, parent: str) -> Running | None:
-    """Start the next trial, or follow a process that an earlier search has left; return None if there are enough."""
+def start(study: Study, params: Params, parent: str, running: list[Running]) -> bool:
+    """Start the next trial, or follow a process that an earlier search has left; return whether there is one."""
     folder = sweeps.sweep_folder(study.study_name)
     with FileLock(folder / "lock"):  # two experiments that DVC starts at once may take each other's parameters
         if not (taken := sweeps.take_trial(study, params)):
-            return None
+            return False
         trial, values, lock = taken
         name = f"{study.study_name}-{trial.number}"
+        log = folder / f"{name}.log"
         print(f"{name}: {sweeps.show(values)}", flush=True)
         process = left_process(trial)
         if not process and trained_loss(name) is None:
-            process = run_experiment(name, values, folder / f"{name}.log", sweeps.child_context(parent))
+            process = run_experiment(name, values, log, sweeps.child_context(parent))
             trial.set_user_attr(PROCESS, [process.pid, process.create_time()])
-    return Running(name, trial, values, lock, process)
+        running.append(Running(name, trial, values, lock, log, process))
+        while process and not is_over(process) and not re.search("[Ss]tage '", read(log)):
+            time.sleep(0.1)  # until it runs in a folder of its own
+    return True
 
 
 def run_experiment(name: str, values: sweeps.Values, log: Path, context: dict[str, str]) -> psutil.Popen:
-    """Start an experiment of DVC in a folder of its own; return its process when the first stage is reached."""
+    """Start an experiment of DVC in a folder of its own, in the background; return its process."""
     settings = [f"-S{key}={json.dumps(value)}" for key, value in values.items()]
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "-n", name, *settings, "train"]
-    while True:
-        with log.open("w") as file:
-            process = psutil.Popen(
-                command, cwd=ROOT, env=os.environ | context, stdout=file, stderr=file, process_group=0
-            )
-        while not is_over(process) and not re.search("[Ss]tage '", log.read_text(errors="replace")):
-            time.sleep(0.1)
-        if not is_over(process) or BUSY not in log.read_text(errors="replace"):
-            return process
-        time.sleep(POLL_SECONDS)
+    with log.open("w") as file:
+        return psutil.Popen(command, cwd=ROOT, env=os.environ | context, stdout=file, stderr=file, process_group=0)
 
 
 def left_process(trial: Trial) -> psutil.Process | None:
@@ -148,14 +147,17 @@ def has_ended(one: Running, parent: str) -> bool:
         interrupt(one.process)
     elif not ended:
         return False
-    log = sweeps.sweep_folder(one.trial.study.study_name) / f"{one.name}.log"
     loss, child = trained_loss(one.name), sweeps.find_child(parent, one.name)
     failed = child is not None and child.info.status == "FAILED"
     if loss is None and not failed and not hopeless:
-        raise UserError(f"{one.name} was stopped: {last_error(log)} (see {log}); start again, and the search goes on")
+        if BUSY in read(one.log):
+            return True  # to be taken again
+        raise UserError(
+            f"{one.name} was stopped: {last_error(one.log)} (see {one.log}); start again, and the search goes on"
+        )
     state: sweeps.State = "COMPLETE" if loss is not None else "FAIL" if failed else "PRUNED"
     sweeps.settle(one.trial, one.name, one.values, parent, state, loss)
-    told = {"COMPLETE": f"val loss {loss}", "PRUNED": "pruned", "FAIL": f"failed: {last_error(log)}"}
+    told = {"COMPLETE": f"val loss {loss}", "PRUNED": "pruned", "FAIL": f"failed: {last_error(one.log)}"}
     print(f"{one.name}: {told[state]}", flush=True)
     return True
 
@@ -175,8 +177,13 @@ def trained_loss(name: str) -> float | None:
 
 def last_error(log: Path) -> str:
     """Return the last error in a log: a script's own, else DVC's."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    lines = read(log).splitlines()
     return next((one for mark in ("error: ", "ERROR: ") for one in lines[::-1] if one.startswith(mark)), "no error")
+
+
+def read(log: Path) -> str:
+    """Return what is in a log; nothing if there is none."""
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
 
 
 def is_over(process: psutil.Process) -> bool:

@@ -60,6 +60,7 @@ def pretend(store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dic
 
     def run(name: str, values: sweeps.Values, log: Path, context: dict[str, str]) -> psutil.Popen:
         rate = values["train.learning_rate"]
+        log.write_text("Running stage 'prepare'")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLFLOW_RUN_CONTEXT", context["MLFLOW_RUN_CONTEXT"])
             with mlflow.start_run(experiment_id=open_store(), tags={"dvc.experiment": name}) as run:
