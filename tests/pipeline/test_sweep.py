@@ -77,7 +77,8 @@ def test_a_killed_search_goes_on_to_its_end(
     (best,) = re.findall(r"`dvc exp apply (rates-\d)`", output)
 
     shown = json.loads(shell(f"cd {folder} && dvc exp show --json").stdout)
-    rows = [one for branch in shown for experiment in branch["experiments"] or [] for one in experiment["revs"]]
+    ended = [one for branch in shown for one in branch["experiments"] or [] if not one["executor"]]  # DVC's was killed
+    rows = [revision for one in ended for revision in one["revs"]]
     losses = {one["name"]: one["data"]["metrics"]["data/metrics/train.json"]["data"]["val_loss"] for one in rows}
     runs = runs_by_name(folder)
     assert {name: runs[name].data.metrics["val/full_loss"] for name in losses} == losses
@@ -85,9 +86,7 @@ def test_a_killed_search_goes_on_to_its_end(
     assert runs["rates"].data.tags["gpt2.best_trial"] == best
     assert (runs["rates-3"].info.status, runs["rates-3"].data.tags["optuna.state"]) == ("KILLED", "PRUNED")
     assert {runs[f"rates-{i}"].data.tags["mlflow.parentRunId"] for i in range(4)} == {runs["rates"].info.run_id}
-    assert not list((folder / ".cache/train").iterdir()) and not list(
-        (folder / ".dvc/tmp/exps/standalone").glob("tmp*")
-    )
+    assert not list((folder / ".cache/train").iterdir())
 
     shell(f"cd {folder} && dvc exp apply {best}")
     assert stages_run(shell(f"cd {folder} && dvc repro").stdout) == ["evaluate", "sample", "report", "register"]

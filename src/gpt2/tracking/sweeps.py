@@ -142,11 +142,11 @@ def mirror(study: Study, params: Params, parent: str) -> str:
     counts = {state: sum(one.state == state for one in trials) for state in TrialState}
     summary = ", ".join(f"{count} {state.name.lower()}" for state, count in counts.items() if count)
     if counts[TrialState.COMPLETE]:
-        best = study.best_trial
+        best, loss = study.best_trial, study.best_value
         name = f"{study.study_name}-{best.number}"
-        summary = f"best: {name}, val loss {best.value:.4f} ({show(best.params)}); of {len(trials)} trials {summary}"
+        summary = f"best: {name}, val loss {loss:.4f} ({show(best.params)}); of {len(trials)} trials {summary}"
         client.set_tag(parent, BEST, name)
-        client.log_metric(parent, "sweep/best_val_loss", best.value, step=len(trials) - counts[TrialState.RUNNING])
+        client.log_metric(parent, "sweep/best_val_loss", loss, step=len(trials) - counts[TrialState.RUNNING])
         rows = [
             {"trial": one.number, "state": one.state.name, "val_loss": _loss(one), **one.params}
             for one in trials
@@ -188,7 +188,7 @@ def _explored(params: Params) -> int:
 
 def _loss(trial: optuna.trial.FrozenTrial) -> float | None:
     """Return the validation loss of a trial: its value, or of one that is not complete the last that is known."""
-    return trial.value if trial.value is not None else trial.intermediate_values.get(trial.last_step)
+    return trial.value if trial.value is not None else trial.intermediate_values.get(trial.last_step or 0)
 
 
 def _made_of(params: Params) -> dict[str, Any]:
