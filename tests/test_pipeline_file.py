@@ -87,7 +87,7 @@ def test_deps_are_the_imports(stage: str) -> None:
 
 def test_every_stage_has_its_script_and_section() -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    assert set(params) == {*STAGES, "model", "runtime"}
+    assert set(params) == {*STAGES, "model", "runtime", "sweep"}
     for stage in STAGES:
         assert STAGES[stage]["cmd"] == f"python src/{stage}.py"
 

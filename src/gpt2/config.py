@@ -3,6 +3,8 @@
 import difflib
 import re
 import reprlib
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -247,6 +249,37 @@ class RegisterParams(Section):
     promote: Literal["if_better", "always", "never"]
 
 
+class SearchedParams(Section):
+    """The values of one parameter that a sweep tries: a range of numbers, or choices."""
+
+    low: Float | None = None
+    high: Float | None = None
+    log: bool = False
+    choices: Annotated[list[Annotated[Any, BeforeValidator(_number)]], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _is_range_or_choices(self) -> Self:
+        if (self.choices is None) != bool(self.model_fields_set - {"choices"}):
+            raise ValueError("should have low and high (and log), or choices")
+        if self.choices is None and (self.low is None or self.high is None or self.low >= self.high):
+            raise ValueError("should have a low below its high")
+        if self.log and self.low is not None and self.low <= 0:
+            raise ValueError("should have a low above 0, where log is true")
+        return self
+
+    def extremes(self) -> list[Any]:
+        """Return the choices, or the ends of the range."""
+        return [self.low, self.high] if self.choices is None else self.choices
+
+
+class SweepParams(Section):
+    name: Name
+    trials: Count
+    seed: Natural
+    prune: bool
+    space: Annotated[dict[str, SearchedParams], Field(min_length=1)]
+
+
 class Params(Section):
     prepare: PrepareParams
     model: Annotated[ModelParams, BeforeValidator(_preset)]
@@ -256,6 +289,7 @@ class Params(Section):
     sample: SampleParams
     report: ReportParams
     register_: Annotated[RegisterParams, Field(alias="register")]
+    sweep: Annotated[SweepParams, Field(exclude=True)]  # it is of no training and no run
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -287,6 +321,27 @@ class ModelConfig(ModelParams):
 def load_params(path: Path) -> Params:
     """Read and check params.yaml. Raises UserError with every problem in one line."""
     return check(Params, _read(path), path.name)
+
+
+def with_values(params: Params, values: Mapping[str, Any]) -> Params:
+    """Return parameters with other values, by dotted name. Raises UserError if they are refused."""
+    raw = params.model_dump(by_alias=True) | {"sweep": params.sweep}
+    for name, value in values.items():
+        section, key = name.split(".")
+        raw[section][key] = value
+    return check(Params, raw, "sweep.space")
+
+
+def check_space(params: Params) -> None:
+    """Raise UserError if sweep.space has what is no parameter of model or train, or values that these refuse."""
+    space = params.sweep.space
+    known = [f"{name}.{key}" for name in ("model", "train") for key in getattr(params, name).model_dump()]
+    for name in space.keys() - set(known):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"sweep.space: {name} is no parameter of model or train{hint}")
+    for values in product(*(searched.extremes() for searched in space.values())):
+        with_values(params, dict(zip(space, values, strict=True)))
 
 
 def champion_uri(path: Path) -> str:

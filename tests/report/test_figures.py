@@ -33,6 +33,16 @@ def tables() -> dict[str, pd.DataFrame]:
         "calibration": pd.DataFrame(
             {"from": [0.0, 0.9], "to": [0.1, 1.0], "tokens": [3, 1], "confidence": [0.05, 0.95], "accuracy": [0, 1]}
         ),
+        "sweep": pd.DataFrame(
+            {
+                "trial": [0, 1, 2],
+                "state": ["COMPLETE", "PRUNED", "COMPLETE"],
+                "val_loss": [3.0, 4, 2],
+                "train.learning_rate": [1e-4, 1e-3, 1e-2],
+                "train.weight_decay": [0.0, 0.1, 0.1],
+                "train.optimizer": ["adamw", "muon", "muon"],
+            }
+        ),
     }
 
 

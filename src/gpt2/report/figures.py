@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 WIDTH = 4.8  # inches, so that a phone can show it
 INK, PAPER, GREY = "#1b1f24", "#fffffe", "#8a8f98"  # for_page knows the first two
@@ -140,6 +140,37 @@ def calibration(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def trials(table: pd.DataFrame) -> Figure:
+    """Draw `sweep`: the loss of each trial, and the lowest so far."""
+    figure = Figure((WIDTH, 3.4))
+    axis = figure.subplots()
+    complete = _trials(axis, table["trial"], table)
+    lowest = complete["val_loss"].cummin()
+    axis.step(complete["trial"], lowest, where="post", color=ORANGE, label="lowest so far")
+    axis.set(xlabel="trial", ylabel="validation loss (nats per token)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend()
+    return figure
+
+
+def searched(table: pd.DataFrame) -> Figure:
+    """Draw `sweep`: the loss over each of its parameters, which are the columns after the third."""
+    names = table.columns[3:]
+    figure = Figure((WIDTH, 0.5 + 2.2 * len(names)))
+    for axis, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+        values = table[name]
+        if not pd.api.types.is_float_dtype(values):  # choices
+            values = values.map(str)
+        elif values.min() > 0 and values.max() > 4 * values.min():
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        _trials(axis, values, table)
+        axis.set(xlabel=name, ylabel="validation loss")
+    return figure
+
+
 # What draws a picture, and from which table.
 FIGURES = {
     "loss": (loss, "training"),
@@ -149,6 +180,8 @@ FIGURES = {
     "perplexity_by_decade": (perplexity, "perplexity_by_decade"),
     "perplexity_by_president": (perplexity, "perplexity_by_president"),
     "calibration": (calibration, "calibration"),
+    "trials": (trials, "sweep"),  # these two are of no stage: src/sweep.py draws them
+    "searched": (searched, "sweep"),
 }
 
 
@@ -162,6 +195,16 @@ def _curve(axis: Axes, table: pd.DataFrame, name: str, color: str, label: str | 
     points = table[["tokens", name]].dropna()
     marker = "o" if len(points) <= 50 else None
     axis.plot(points["tokens"], points[name], color=color, marker=marker, markersize=4, label=label)
+
+
+def _trials(axis: Axes, x: pd.Series, table: pd.DataFrame) -> pd.DataFrame:
+    """Draw the loss of trials over x; return those that are complete."""
+    is_complete = table["state"] == "COMPLETE"
+    others = table[~is_complete]
+    if len(others):
+        axis.plot(x[~is_complete], others["val_loss"], "x", color=GREY, label="pruned or failed, its last")
+    axis.plot(x[is_complete], table["val_loss"][is_complete], "o", color=BLUE, label="complete")
+    return table[is_complete]
 
 
 def _short(name: str) -> str:

@@ -38,7 +38,7 @@ def collect_lineage(params: Params, threads: int) -> Lineage:
     pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     deps = [path for path in pipeline["stages"]["train"]["deps"] if path != PRETRAINED]
     inputs = {
-        "files": {name: sha256 for path in deps for name, sha256 in _hashes(path)},
+        "files": {name: sha256 for path in deps for name, sha256 in file_hashes(path)},
         "model": params.model.model_dump(),
         "train": params.train.model_dump(),
         "runtime": params.runtime.model_dump(),
@@ -143,7 +143,7 @@ def hash_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _hashes(path: str) -> Iterator[tuple[str, str]]:
+def file_hashes(path: str) -> Iterator[tuple[str, str]]:
     """Yield the name and SHA-256 of a file, or of each file of a folder but those that .dvcignore names."""
     found = ROOT / path
     for file in sorted(found.rglob("*")) if found.is_dir() else [found]:
