@@ -130,6 +130,7 @@ def _silence() -> Iterator[None]:
             os.dup2(nowhere, descriptor)
         yield
     finally:
+        sys.stdout.flush()
         for descriptor, copy in zip((1, 2), kept, strict=True):
             os.dup2(copy, descriptor)
 
