@@ -22,7 +22,7 @@ os.environ.update(MLFLOW_DEFAULTS | os.environ)
 import psutil
 from filelock import BaseFileLock, FileLock
 
-from gpt2.config import Params, check_space, load_params
+from gpt2.config import Params, load_params
 from gpt2.core.cli import Parser, fail, run_command
 from gpt2.core.errors import UserError
 from gpt2.core.paths import METRICS, PARAMS, ROOT
@@ -60,7 +60,7 @@ def main() -> None:
     if jobs < 1:
         raise UserError("--jobs should be at least 1")
     params = load_params(PARAMS)
-    check_space(params)
+    sweeps.check_space(params)
     study = sweeps.open_study(params)
     if not study.get_trials(deepcopy=False) and experiments(f"{study.study_name}-[0-9]*"):
         raise UserError(f"experiments {study.study_name}-N are there: change sweep.name, or `dvc exp remove` them")

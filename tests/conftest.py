@@ -16,10 +16,11 @@ import pytest
 import yaml
 from hypothesis import settings
 
-from gpt2.config import ModelConfig, PrepareParams, TrainParams, check
+from gpt2.config import ModelConfig, PrepareParams, TrainParams
 from gpt2.core.cli import fail, run_command
 from gpt2.core.environment import MLFLOW_DEFAULTS
 from gpt2.core.errors import UserError
+from gpt2.core.validation import check
 
 if TYPE_CHECKING:  # PyTorch takes seconds, also in the process that only hands out the tests
     from gpt2.model.gpt2 import GPT2Model

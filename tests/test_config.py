@@ -13,9 +13,10 @@ from dvc.utils.hydra import apply_overrides
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2.config import ModelConfig, Params, champion_uri, check, load_params
+from gpt2.config import ModelConfig, Params, champion_uri, load_params
 from gpt2.core.cli import fail
 from gpt2.core.errors import UserError
+from gpt2.core.validation import check
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import shapes_only
 

@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("optuna")
 
 import sweep
-from gpt2.config import Params, check, check_space
+from gpt2.config import Params
+from gpt2.core.validation import check
 from gpt2.tracking import sweeps
 from gpt2.tracking.store import open_store
 
@@ -50,7 +51,7 @@ def params(shipped: dict[str, Any]) -> Callable[..., Params]:
 def test_a_space_that_cannot_be_searched_is_one_line(
     params: Callable[..., Params], error_line: ErrorLine, space: dict[str, Any], told: str
 ) -> None:
-    assert told in error_line(lambda: check_space(params(space=space)))
+    assert told in error_line(lambda: sweeps.check_space(params(space=space)))
 
 
 @pytest.fixture

@@ -1,19 +1,15 @@
 """params.yaml as frozen, typed models: everything that is wrong with it is reported at once, before any work."""
 
-import difflib
 import re
-import reprlib
-from collections.abc import Mapping
-from itertools import product
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gpt2.core.errors import UserError
+from gpt2.core.validation import check
 
-AnyModel = TypeVar("AnyModel", bound=BaseModel)
 MOST = 2**31  # all counts are below it
 MOST_SIZE = 2**20  # of a matrix or a batch
 MOST_THREADS = 1024
@@ -323,27 +319,6 @@ def load_params(path: Path) -> Params:
     return check(Params, _read(path), path.name)
 
 
-def with_values(params: Params, values: Mapping[str, Any]) -> Params:
-    """Return parameters with other values, by dotted name. Raises UserError if they are refused."""
-    raw = params.model_dump(by_alias=True) | {"sweep": params.sweep}
-    for name, value in values.items():
-        section, key = name.split(".")
-        raw[section][key] = value
-    return check(Params, raw, "sweep.space")
-
-
-def check_space(params: Params) -> None:
-    """Raise UserError if sweep.space has what is no parameter of model or train, or values that these refuse."""
-    space = params.sweep.space
-    known = [f"{name}.{key}" for name in ("model", "train") for key in getattr(params, name).model_dump()]
-    for name in space.keys() - set(known):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"sweep.space: {name} is no parameter of model or train{hint}")
-    for values in product(*(searched.extremes() for searched in space.values())):
-        with_values(params, dict(zip(space, values, strict=True)))
-
-
 def champion_uri(path: Path) -> str:
     """Return the URI of the registered model that params.yaml names, whatever else is in it. Raises UserError."""
     raw = _read(path)
@@ -358,41 +333,3 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # YAML's tags make PyYAML fail in ways of their own
         raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def check(model: type[AnyModel], raw: Any, where: str) -> AnyModel:
-    """Validate raw against model. Raises UserError that lists every problem, with the nearest known name."""
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        problems = [_describe(model, problem) for problem in error.errors(include_url=False)]
-        raise UserError(f"{where}: {'; '.join(problems)}") from None
-
-
-def _describe(model: type[BaseModel], problem: Any) -> str:
-    location = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(re.sub(r"\.\d+", "", location), _known_names(model), n=1, cutoff=0.5)
-        return f"{location} is unknown" + (f" (did you mean {near[0]}?)" if near else "")
-    if problem["type"] == "missing":
-        return f"{location} is missing"
-    message = problem["msg"].replace("Input should", "should").removeprefix("Value error, ")
-    if isinstance(problem["input"], dict) and problem["type"] == "value_error":  # a conflict between values
-        return f"{location}: {message}".removeprefix(": ")
-    try:
-        shown = reprlib.repr(problem["input"])  # bounded: YAML's aliases can make a short file a huge value
-    except ValueError:
-        shown = "a huge number"
-    return f"{location} {message} ({shown:.40})".strip()
-
-
-def _known_names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return the dotted names of all keys; those of a list's items stand without a number."""
-    names = []
-    for key, field in model.model_fields.items():
-        name = prefix + (field.alias or key)
-        names.append(name)
-        for part in (field.annotation, *get_args(field.annotation)):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                names += _known_names(part, f"{name}.")
-    return names

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from gpt2.config import Params, check
+from gpt2.config import Params
 from gpt2.core.files import write_json, write_text
+from gpt2.core.validation import check
 from gpt2.tracking import card as cards
 from gpt2.tracking.card import LIMIT, read_card
 

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 from mlflow.entities.model_registry import ModelVersion
 
-from gpt2.config import ModelConfig, Params, check
+from gpt2.config import ModelConfig, Params
+from gpt2.core.validation import check
 from gpt2.data.tokenizer import VOCAB_SIZE, gpt2_tokenizer, load_tokenizer
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import save_model

@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from gpt2.config import Params, check
+from gpt2.config import Params
 from gpt2.core.files import sha256_of
+from gpt2.core.validation import check
 from gpt2.tracking import lineage
 from gpt2.tracking.lineage import (
     Lineage,

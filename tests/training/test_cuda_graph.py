@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.config import RuntimeParams, TrainParams, check
+from gpt2.config import RuntimeParams, TrainParams
+from gpt2.core.validation import check
 from gpt2.data.batches import Tokens
 from gpt2.generation.decoder import Decoder
 from gpt2.model.gpt2 import GPT2Model

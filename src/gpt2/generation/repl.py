@@ -13,10 +13,10 @@ from contextlib import suppress
 
 from pydantic import field_validator
 
-from gpt2.config import check
 from gpt2.core.cli import fail
 from gpt2.core.errors import UserError
 from gpt2.core.paths import main_root
+from gpt2.core.validation import check
 from gpt2.data.tokenizer import Tokenizer
 from gpt2.generation.engine import Engine, GenerationSettings, Request
 

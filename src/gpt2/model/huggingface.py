@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gpt2.config import ModelConfig, check
+from gpt2.config import ModelConfig
 from gpt2.core.errors import UserError
 from gpt2.core.files import read_json
+from gpt2.core.validation import check
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import CONFIG, shapes_only
 

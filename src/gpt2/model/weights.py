@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gpt2.config import ModelConfig, TrainParams, check
+from gpt2.config import ModelConfig, TrainParams
 from gpt2.core.errors import UserError
 from gpt2.core.files import atomic_write, read_json, sha256_of, write_json
 from gpt2.core.paths import TOKENIZER_FILE
+from gpt2.core.validation import check
 from gpt2.data.batches import SeenMask, load_seen
 from gpt2.model.gpt2 import GPT2Model
 

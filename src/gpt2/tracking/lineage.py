@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import yaml
 
-from gpt2.config import Params, TrainParams, check
+from gpt2.config import Params, TrainParams
 from gpt2.core.device import choose_device
 from gpt2.core.errors import UserError
 from gpt2.core.files import read_json, sha256_of, write_json
 from gpt2.core.paths import ROOT, TOKENS, main_root
+from gpt2.core.validation import check
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.optimizers import shared_steps
 

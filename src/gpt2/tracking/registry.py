@@ -112,16 +112,17 @@ def _local_artifacts(source: str, tags: dict[str, str], uri: str, prefix: str = 
         return kept / "artifacts"
     with file_lock(kept.with_suffix(".lock"), f"another process downloads {uri}"):
         if not kept.exists():
-            repository = get_artifact_repository(source)
-            if not repository.list_artifacts("artifacts"):
-                withdraw_receipt()
-                raise UserError(f"MLflow's store has lost the files of {uri}; `dvc repro` registers what it can")
             with atomic_write(kept) as partial:
                 partial.mkdir()
                 try:
+                    repository = get_artifact_repository(source)
+                    is_lost = not repository.list_artifacts("artifacts")
                     repository.download_artifacts("artifacts", str(partial))
                 except Exception as error:  # whatever the driver of a storage raises
                     raise UserError(f"{uri} cannot be downloaded from {source} ({error})") from None
+                if is_lost:
+                    withdraw_receipt()
+                    raise UserError(f"MLflow's store has lost the files of {uri}; `dvc repro` registers what it can")
                 _check_recorded(partial / "artifacts", tags, uri)
                 load_model(partial / "artifacts" / MODEL.name)  # compares the SHA-256 of its files
     return kept / "artifacts"

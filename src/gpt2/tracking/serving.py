@@ -13,8 +13,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import scoring_server
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from gpt2.config import check
 from gpt2.core.errors import UserError
+from gpt2.core.validation import check
 from gpt2.data.tokenizer import load_tokenizer
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
 from gpt2.generation.shared_engine import SharedEngine

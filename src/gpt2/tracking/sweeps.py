@@ -1,6 +1,9 @@
 """A search over parameters: an Optuna study below .cache, and its mirror in MLflow, the parent of the trials' runs."""
 
+import difflib
 import json
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +23,7 @@ from gpt2.config import Params
 from gpt2.core.errors import UserError
 from gpt2.core.files import write_text
 from gpt2.core.paths import ROOT, main_root
+from gpt2.core.validation import check
 from gpt2.report.figures import draw_all
 from gpt2.tracking.lineage import checkpoint_folder, differences, file_hashes, flatten, hash_of
 from gpt2.tracking.runs import EXPERIMENT_NAME, TRAIN_KEY
@@ -31,6 +35,27 @@ STATE, BEST = "optuna.state", "gpt2.best_trial"  # tags of a trial's run, and of
 MADE_OF, PARENT_RUN = "made_of", "mlflow_run"  # attributes of the study
 State = Literal["COMPLETE", "PRUNED", "FAIL"]
 Values = dict[str, Any]  # of the searched parameters, by name
+
+
+def with_values(params: Params, values: Mapping[str, Any]) -> Params:
+    """Return parameters with other values, by dotted name. Raises UserError if they are refused."""
+    raw = params.model_dump(by_alias=True) | {"sweep": params.sweep}
+    for name, value in values.items():
+        section, key = name.split(".")
+        raw[section][key] = value
+    return check(Params, raw, "sweep.space")
+
+
+def check_space(params: Params) -> None:
+    """Raise UserError if sweep.space has what is no parameter of model or train, or values that these refuse."""
+    space = params.sweep.space
+    known = [f"{name}.{key}" for name in ("model", "train") for key in getattr(params, name).model_dump()]
+    for name in space.keys() - set(known):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"sweep.space: {name} is no parameter of model or train{hint}")
+    for values in product(*(searched.extremes() for searched in space.values())):
+        with_values(params, dict(zip(space, values, strict=True)))
 
 
 def sweep_folder(name: str) -> Path:
@@ -176,7 +201,7 @@ def _values(trial: Trial, params: Params) -> Values:
     return {
         name: trial.suggest_categorical(name, one.choices)
         if one.choices is not None
-        else trial.suggest_float(name, one.low, one.high, log=one.log)
+        else trial.suggest_float(name, one.low, one.high, log=one.log)  # type: ignore[arg-type]
         for name, one in params.sweep.space.items()
     }
 
