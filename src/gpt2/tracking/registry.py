@@ -116,11 +116,11 @@ def _local_artifacts(source: str, tags: dict[str, str], uri: str, prefix: str = 
                 partial.mkdir()
                 try:
                     repository = get_artifact_repository(source)
-                    is_lost = not repository.list_artifacts("artifacts")
-                    repository.download_artifacts("artifacts", str(partial))
+                    if is_there := bool(repository.list_artifacts("artifacts")):
+                        repository.download_artifacts("artifacts", str(partial))
                 except Exception as error:  # whatever the driver of a storage raises
                     raise UserError(f"{uri} cannot be downloaded from {source} ({error})") from None
-                if is_lost:
+                if not is_there:
                     withdraw_receipt()
                     raise UserError(f"MLflow's store has lost the files of {uri}; `dvc repro` registers what it can")
                 _check_recorded(partial / "artifacts", tags, uri)
