@@ -18,7 +18,7 @@ from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, RECEIPT, REPORT, SA
 from gpt2.model.weights import read_config, short_name
 from gpt2.tracking.card import describe, read_card
 from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, choose_champion, promote
-from gpt2.tracking.lineage import Lineage, checkpoint_folder, differences
+from gpt2.tracking.lineage import HOW_TO_COMPUTE, Lineage, checkpoint_folder, differences
 from gpt2.tracking.logged_models import MODEL_SHA256
 from gpt2.tracking.provenance import provenance
 from gpt2.tracking.registry import TEST_LOSS, register, unchanged_parent, uri_of, verify
@@ -89,6 +89,8 @@ def check_parameters(params: Params, lineage: Lineage) -> None:
     recorded |= {"sample": read_json(SAMPLES / "params.json"), "report": read_json(REPORT / "params.json")}
     recorded["evaluate"] = {"stride": evaluated["stride"]}
     compared: Any = dict.fromkeys(recorded, True) | {"evaluate": {"stride"}}
+    compared["train"] = recorded["train"].keys() - HOW_TO_COMPUTE
+    recorded["train"] = {name: recorded["train"][name] for name in compared["train"]}
     changes = differences(recorded, params.model_dump(include=compared))
     if changes:
         raise UserError(f"the results are of other parameters ({'; '.join(changes)}); run `dvc repro`")

@@ -176,13 +176,13 @@ def error_line() -> Callable[[Callable[[], object]], str]:
 
 
 @pytest.fixture(scope="session")
-def full_disk() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """A context in which no file can grow beyond a kilobyte."""
+def full_disk() -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """A context in which no file can grow beyond a kilobyte, or so many bytes."""
 
     @contextlib.contextmanager
-    def limit() -> Iterator[None]:
+    def limit(most_bytes: int = 1000) -> Iterator[None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
         try:
             yield
         finally:

@@ -34,8 +34,8 @@ def test_success_ends_quietly(capsys: pytest.CaptureFixture[str]) -> None:
         (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device\n"),
         (UserError("a server's \x1b[2J\x07\x9bname"), "error: a server's [2Jname\n"),
         (
-            UserError("http://me:a/b@c@host:5/ fails; see https://x.org"),
-            "error: http://host:5/ fails; see https://x.org\n",
+            UserError("http://me:a/b@c@host:5/ fails; see file:///me@home/x"),
+            "error: http://host:5/ fails; see file:///me@home/x\n",
         ),
         (UserError("postgresql://h/db?user=me&password=a&b=c)"), "error: postgresql://h/db?user=me&password=&b=c)\n"),
     ],
@@ -76,6 +76,7 @@ def test_an_unknown_option_is_told_the_nearest(arguments: list[str], message: st
     parser.add_argument("-m", "--model")
     parser.add_argument("--max_tokens")
     assert parser.parse_args(["-p", "-5", "-max_token"]).model == "ax_token"
+    assert parser.parse_args(["--prompt", "p", "-m", "prompt"]).prompt == "p"
     with pytest.raises(UserError) as caught:
         parser.parse_args(arguments)
     assert str(caught.value) == message

@@ -17,7 +17,7 @@ from gpt2.core import files
 from gpt2.core.files import atomic_write, file_lock, read_json, sha256_of, write_json, write_text
 
 PARTIAL = f"it.{os.getpid()}.partial"
-FullDisk = Callable[[], contextlib.AbstractContextManager[None]]
+FullDisk = Callable[..., contextlib.AbstractContextManager[None]]
 
 
 def test_text_comes_back_in_the_same_bytes_everywhere(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from gpt2.model.gpt2 import GPT2Model
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.optimizers import build_optimizers
 
-FullDisk = Callable[[], AbstractContextManager[None]]
+FullDisk = Callable[..., AbstractContextManager[None]]
 MakeModel = Callable[..., GPT2Model]
 Train = Callable[..., tuple[GPT2Model, list[torch.optim.Optimizer]]]
 
@@ -148,9 +148,10 @@ def test_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last(
     two_checkpoints: Path, trained: Train, full_disk: FullDisk
 ) -> None:
     before = sorted(two_checkpoints.iterdir())
-    message = "checkpoint of step 3 cannot be saved .*the last good checkpoint is that of step 2, in"
-    with pytest.raises(OSError, match=message), full_disk():
-        Checkpoints(two_checkpoints).save(3, *trained(3), {})
+    message = "checkpoint of step 3 cannot be saved .*too large.*the last good checkpoint is that of step 2, in"
+    for most_bytes in (1000, newest(two_checkpoints).stat().st_size - 1):
+        with pytest.raises(OSError, match=message), full_disk(most_bytes):
+            Checkpoints(two_checkpoints).save(3, *trained(3), {})
     assert sorted(two_checkpoints.iterdir()) == before
     assert Checkpoints(two_checkpoints).restore(*trained(0)) == (2, {})
 

@@ -89,7 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if processes and "RANK" not in os.environ:
         distributed.launch(processes)
-    with distributed.process_group(CPU):
+    with distributed.process_group("cpu"):
         count_matrices(folder)
         for job in json.loads((folder / "jobs.json").read_text()):
             work(job, folder)

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 from gpt2.core.errors import Stopped, UserError, one_line
 
+NO_COMPILER = r"No working C\+\+ compiler|Failed to find C compiler"  # PyTorch's words, and Triton's
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse whose errors are the project's one line."""
@@ -21,7 +23,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, but refuse a long option with one dash, which argparse takes for a short one and its value."""
         for word in sys.argv[1:] if args is None else args:
-            if not word.startswith("--") and f"-{word.partition('=')[0]}" in self._option_string_actions:
+            is_short = word.startswith("-") and not word.startswith("--")
+            if is_short and f"-{word.partition('=')[0]}" in self._option_string_actions:
                 self.error(f"{word} has one dash: write -{word}")
         return super().parse_args(args, namespace)
 
@@ -60,9 +63,7 @@ def run_command(main: Callable[[], None]) -> None:
     except MemoryError:
         sys.exit(fail("there is not enough memory"))
     except RuntimeError as error:
-        if re.search(
-            r"No working C\+\+ compiler|Failed to find C compiler", str(error)
-        ):  # PyTorch's words, and Triton's
+        if re.search(NO_COMPILER, str(error)):
             sys.exit(fail("train.compile needs a C++ compiler, such as g++, or must be false"))
         if "allocate" not in str(error) and "out of memory" not in str(error):  # PyTorch's words for no memory
             raise

@@ -22,4 +22,4 @@ class Stopped(KeyboardInterrupt):
 def one_line(message: object) -> str:
     """Return a message as one line, without what would steer a terminal, and its URIs without passwords."""
     line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "", " ".join(str(message).split()))
-    return re.sub(r"(?<=://)\S*@|(?<=password=)[^&\s]*", "", line)
+    return re.sub(r"(?<!file://)(?<=://)\S*@|(?<=password=)[^&\s]*", "", line)

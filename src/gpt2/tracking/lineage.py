@@ -26,7 +26,7 @@ PRETRAINED = "data/pretrained"  # of which a training reads no more than parent_
 # Parameters that may differ where the first steps are equal.
 SHARED = {"max_steps", "decay_fraction", "checkpoint_interval", "log_checkpoints"}
 # Those that tell how to compute, not what: a training goes on in another number of processes.
-HOW = {"launcher", "nproc_per_node", "parallel", "activation_checkpointing"}
+HOW_TO_COMPUTE = {"launcher", "nproc_per_node", "parallel", "activation_checkpointing"}
 Lineage = dict[str, Any]
 
 
@@ -46,7 +46,7 @@ def collect_lineage(params: Params, threads: int) -> Lineage:
         "torch": torch.__version__,
     }
     return {
-        "train_key": hash_of(inputs | {"train": params.train.model_dump(exclude=HOW)}),
+        "train_key": hash_of(inputs | {"train": params.train.model_dump(exclude=HOW_TO_COMPUTE)}),
         **inputs,
         "prepare": read_json(TOKENS / "meta.json")["prepare"],
         "threads": threads,
@@ -98,7 +98,7 @@ def shared_checkpoint(lineage: Lineage) -> Path | None:
 
 def _first_steps(lineage: Lineage) -> Lineage:
     """Return what the steps before the decay of the learning rates depend on."""
-    train = {name: value for name, value in lineage["train"].items() if name not in SHARED | HOW}
+    train = {name: value for name, value in lineage["train"].items() if name not in SHARED | HOW_TO_COMPUTE}
     parent = lineage.get("parent_sha256")
     return {name: lineage[name] for name in ("files", "model", "runtime", "torch")} | {"train": train, "parent": parent}
 
@@ -136,7 +136,9 @@ def checkpoint_folder(train_key: str) -> Path:
 
 def run_key(params: Params, train_key: str) -> str:
     """Return the hash that names one run of the whole pipeline."""
-    return hash_of({"train_key": train_key, "params": params.model_dump(by_alias=True)})
+    return hash_of(
+        {"train_key": train_key, "params": params.model_dump(by_alias=True, exclude={"train": HOW_TO_COMPUTE})}
+    )
 
 
 def hash_of(content: Any) -> str:

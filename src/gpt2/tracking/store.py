@@ -204,7 +204,7 @@ def _locate() -> tuple[str, Path | None]:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("http") and "@" in (server := urlsplit(uri)).netloc:  # MLflow prints the address as it is
         names = ("MLFLOW_TRACKING_USERNAME", server.username), ("MLFLOW_TRACKING_PASSWORD", server.password)
-        os.environ.update({name: unquote(value or "") for name, value in names})
+        os.environ.update({name: unquote(value) for name, value in names if value is not None})
         uri = server._replace(netloc=server.netloc.rpartition("@")[2]).geturl()
     if not uri.startswith("sqlite"):
         return uri, None

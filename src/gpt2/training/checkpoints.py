@@ -176,7 +176,7 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            distributed.whole(tensor).cpu().numpy().tofile(file)
+            file.write(distributed.whole(tensor).cpu().contiguous().numpy().data)
 
 
 def _describe(path: Path, file: Any) -> tuple[int, dict[str, Any], dict[str, list[int]]]:

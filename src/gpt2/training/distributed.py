@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from gpt2.config import ModelConfig, TrainParams
+from gpt2.core.device import choose_device
 from gpt2.core.errors import UserError
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import shapes_only
@@ -37,7 +38,7 @@ Value = TypeVar("Value")
 
 def is_launcher(params: TrainParams) -> bool:
     """Tell whether this process is to start torchrun's processes, rather than to train."""
-    return params.launcher == "torchrun" and "RANK" not in os.environ
+    return params.launcher == "torchrun" and not dist.is_torchelastic_launched()
 
 
 def launch(processes: int) -> NoReturn:
@@ -74,49 +75,52 @@ def launch(processes: int) -> NoReturn:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes, if torchrun has started this one; all but the first are silent.
+def process_group(device_name: str) -> Iterator[torch.device]:
+    """Join the other processes, if torchrun has started this one; all but the first are silent. Yield its device.
 
     An error ends all processes, and one of them tells it.
     """
-    if "RANK" not in os.environ:
-        yield
+    if not dist.is_torchelastic_launched():
+        yield choose_device(device_name)
         return
+    has_gpu = device_name in ("auto", "cuda") and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count()
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, own_rank, count = next(rendezvous("env://", timeout=TIMEOUT))
     # After a restart, torchrun's store still has the addresses of the processes before.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # type: ignore[attr-defined]
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, world_size=count, rank=own_rank, store=store)
     try:
         with nullcontext() if is_first() else _silence():
-            _use_own_gpu(device)
-            yield
+            yield _own_device(device_name)
     except BaseException as error:
-        if not is_first():
+        lost_another = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        if lost_another or not is_first():
             time.sleep(GRACE_SECONDS)
-        if _others_failed(error, store):
+        if _is_told(store):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would interrupt what Python does at exit
             sys.exit(1)
+        if lost_another:
+            raise UserError(f"the processes cannot reach each other: {error}") from None
         raise
     dist.destroy_process_group()
 
 
-def _use_own_gpu(device: torch.device) -> None:
-    """Let "cuda" be one GPU in each process. Raises UserError if there are too few, or for a device of one process."""
+def _own_device(name: str) -> torch.device:
+    """Return this process's device. Raises UserError if there are too few GPUs, or for a device of one process."""
+    device = choose_device(name)
     if device.type == "mps" or device.index is not None:
         raise UserError(f"runtime.device {device} is for one process; several take cpu or cuda")
-    if device.type == "cuda":
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-            raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+        raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPUs")
+    return device
 
 
-def _others_failed(error: BaseException, store: Any) -> bool:
-    """Tell whether another process tells or has told why all end."""
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-        return True
+def _is_told(store: Any) -> bool:
+    """Tell whether another process tells or has told why all end; if not, this one is to."""
     try:
-        return store.add("failed", 1) > 1
+        return bool(store.add("failed", 1) > 1)
     except dist.DistError:  # the store has ended with its process
         return True
 
@@ -170,7 +174,7 @@ def from_first(make: Callable[[], Value]) -> Value:
     return made[0]  # type: ignore[return-value]
 
 
-def agreed(stop_signal: Callable[[], int]) -> Callable[[], int]:
+def agreed_signal(stop_signal: Callable[[], int]) -> Callable[[], int]:
     """Return the function that all processes call at once, and that tells all of a signal that any has received."""
     if not dist.is_initialized():
         return stop_signal
@@ -235,17 +239,17 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, whole: Tensor | None) -> None:
+def fill(parameter: Tensor, values: Tensor | None) -> None:
     """Give a parameter in all processes the values that the first one has; the others may give None."""
     if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         placed: Any = parameter
-        values = torch.empty(placed.shape, dtype=placed.dtype) if whole is None else whole
+        values = torch.empty(placed.shape, dtype=placed.dtype) if values is None else values
         placed.copy_(distribute_tensor(values, placed.device_mesh, placed.placements))
         return
-    if whole is not None:
-        parameter.copy_(whole)
+    if values is not None:
+        parameter.copy_(values)
     if dist.is_initialized():
         dist.broadcast(parameter, 0)
 
@@ -256,11 +260,10 @@ def whole(tensor: Tensor) -> Tensor:
     return found.full_tensor() if is_sharded(found) else found
 
 
-def share(model: nn.Module) -> None:
+def copy_from_first(model: nn.Module) -> None:
     """Give a model in all processes the weights that it has in the first."""
     for parameter in model.parameters():
-        if not is_sharded(parameter):
-            fill(parameter.data, None)
+        fill(parameter.data, None)
 
 
 @cache
@@ -310,15 +313,15 @@ def gathered(model: GPT2Model, config: ModelConfig) -> GPT2Model:
     if not is_sharded(model.token_embedding.weight):
         return model
     with shapes_only():
-        gathered = GPT2Model(**config.model_dump())
+        found = GPT2Model(**config.model_dump())
     for name, parameter in model.state_dict().items():
         values = whole(parameter)
         if is_first():
-            gathered.load_state_dict({name: values.cpu()}, strict=False, assign=True)
-    return gathered
+            found.load_state_dict({name: values.cpu()}, strict=False, assign=True)
+    return found
 
 
-def spread(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
+def split_over_processes(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
     """Apply a function of independent matrices (L, M, N), each of them in one process alone.
 
     A process that holds a part of each matrix sends it to the one that computes with it.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gpt2.training.distributed import spread
+from gpt2.training.distributed import split_over_processes
 
 MOMENTUM = 0.95
 ITERATIONS = 5
@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self._momentum(matrix) for matrix in matrices]
                 torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
                 nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))
-                updates = spread(orthogonalize, nesterov.to(self.precision)).to(nesterov.dtype)
+                updates = split_over_processes(orthogonalize, nesterov.to(self.precision)).to(nesterov.dtype)
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 step = -group["lr"] * ADAMW_RMS * math.sqrt(max(shape))
                 torch._foreach_add_(matrices, updates.unbind(), alpha=step)

@@ -107,13 +107,12 @@ def run_training(
             start = 0
             print("starting at step 0: there is no checkpoint of this training", flush=True)
             initialize(model, train_tokens, seen_tokens, params)
-            distributed.share(model)
             validate(trainer, log, 0)
-        is_plain = not distributed.is_started() and not params.activation_checkpointing
-        if device.type == "cuda" and is_plain and not log.is_over(start):
+        can_capture = not distributed.is_started() and not params.activation_checkpointing
+        if device.type == "cuda" and can_capture and not log.is_over(start):
             trainer.capture(start)
     with stop_requests() as stop_signal:
-        train(trainer, log, start, distributed.agreed(stop_signal), log_weights)
+        train(trainer, log, start, distributed.agreed_signal(stop_signal), log_weights)
     if log.steps < params.max_steps:
         print(f"stopped early after step {log.steps}: the lowest val/loss is that of step {log.best_step}", flush=True)
     model.load_state_dict(trainer.best, strict=False)  # none, if the last are kept
@@ -129,8 +128,10 @@ def initialize(model: GPT2Model, train_tokens: Tokens, seen_tokens: SeenTokens, 
         return
     if params.initialization == "bigrams":
         print("initializing from bigrams, which takes a minute or two on a CPU", flush=True)
-        seed_torch(params.seed, Purpose.INITIALIZATION)
-        initialize_from_bigrams(model, train_tokens)
+        if distributed.is_first():
+            seed_torch(params.seed, Purpose.INITIALIZATION)
+            initialize_from_bigrams(model, train_tokens)
+        distributed.copy_from_first(model)
     if params.fused:
         weight = distributed.whole(model.output_projection.weight)
         seen_tokens.equalize(weight)
