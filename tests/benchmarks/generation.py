@@ -215,7 +215,7 @@ def contenders(texts: int, device: str, quick: bool) -> list[str]:
     if not find_spec("ctranslate2"):
         names = [name for name in names if "CTranslate2" not in name]
     elif "bfloat16" not in importlib.import_module("ctranslate2").get_supported_compute_types("cpu"):
-        names.remove("CTranslate2, bfloat16")
+        names = [name for name in names if name != "CTranslate2, bfloat16"]
     if not find_spec("llama_cpp") or texts > 1:
         names = [name for name in names if "llama.cpp" not in name]
     if not has_bfloat16():
@@ -235,12 +235,13 @@ def compare(rounds: int, greedy: bool, device: str, quick: bool, prefill: bool) 
                 options = ["--texts", str(texts), "--tokens", str(tokens), "--prompt", prompt, "--device", device]
                 options += ["--greedy"] if greedy else []
                 seconds.append(float(run(sys.executable, __file__, "--contender", contender, *options).split()[-1]))
-        peer = statistics.median(next(iter(found.values())))
+        base = next(iter(found))
+        peer = statistics.median(found[base])
         for contender, seconds in found.items():
             median = statistics.median(seconds)
             rate = f"{median * 1000:8.1f} ms" if prefill else f"{texts * tokens / median:8,.0f} tokens/s"
             spread = f"{min(seconds) / median - 1:+.0%} to {max(seconds) / median - 1:+.0%}"
-            print(f"{texts:3} texts, {contender:24}{rate} (time {spread}){peer / median:8.2f} x", flush=True)
+            print(f"{texts:3} texts, {contender:24}{rate} (time {spread}){peer / median:8.2f} x {base}", flush=True)
 
 
 def start(rounds: int) -> None:
