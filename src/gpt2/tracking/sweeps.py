@@ -69,20 +69,19 @@ def sweep_folder(name: str) -> Path:
 
 def open_study(params: Params) -> Study:
     """Open the study of params.sweep, or make it. Raises UserError if its trials are of other parameters or code."""
-    sweep, folder = params.sweep, sweep_folder(params.sweep.name)
+    folder, database = sweep_folder(params.sweep.name), sweep_folder(params.sweep.name) / "study.db"
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     median = optuna.pruners.MedianPruner(_explored(params), n_warmup_steps=params.train.warmup_steps + 1)
+    pruner = median if params.sweep.prune else optuna.pruners.NopPruner()
+    storage = URL.create("sqlite", database=str(database)).render_as_string()
     with FileLock(folder / "lock"):  # processes that make a database at once would break it
         try:
             study = optuna.create_study(
-                storage=URL.create("sqlite", database=str(folder / "study.db")).render_as_string(),
-                study_name=sweep.name,
-                pruner=median if sweep.prune else optuna.pruners.NopPruner(),
-                load_if_exists=True,
+                storage=storage, study_name=params.sweep.name, pruner=pruner, load_if_exists=True
             )
         except (OptunaError, RuntimeError, SQLAlchemyError) as error:
-            raise UserError(f"{folder}/study.db cannot be opened ({error}): delete it, or change sweep.name") from None
+            raise UserError(f"{database} cannot be opened ({error}): delete it, or change sweep.name") from None
         check_same(study, params)
         study.set_user_attr(MADE_OF, _made_of(params))
     return study
@@ -208,9 +207,7 @@ def mirror(study: Study, params: Params, parent: str) -> str:
 
 def show(values: Values) -> str:
     """Return values in words."""
-    return ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
-    )
+    return ", ".join(f"{name} {f'{one:.4g}' if isinstance(one, float) else one}" for name, one in values.items())
 
 
 def _explored(params: Params) -> int:
@@ -231,15 +228,15 @@ def _made_of(params: Params) -> dict[str, Any]:
     return {
         **{name: value for name, value in fixed.items() if name not in params.sweep.space},
         "sweep": params.sweep.model_dump(include={"seed", "prune", "space"}, exclude_none=True),
-        "files": hash_of(
-            [pair for path in sorted(deps) for pair in (_hashes if path.startswith("data/") else file_hashes)(path)]
-        )[:12],
+        "files": hash_of([(_data if one.startswith("data/") else _code)(one) for one in sorted(deps)])[:12],
     }
 
 
-@cache
-def _hashes(path: str) -> list[tuple[str, str]]:  # of data, which may be large: once
+def _code(path: str) -> list[tuple[str, str]]:
     return list(file_hashes(path))
+
+
+_data = cache(_code)  # which may be large, so it is read once
 
 
 def _as_params(values: Values) -> list[Param]:
