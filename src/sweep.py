@@ -8,37 +8,43 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from gpt2.core.environment import MLFLOW_DEFAULTS
 
 os.environ.update(MLFLOW_DEFAULTS | os.environ)
 
+import mlflow
 import psutil
 from filelock import BaseFileLock, FileLock
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from gpt2.config import Params, load_params
 from gpt2.core.cli import Parser, fail, run_command
 from gpt2.core.errors import UserError
 from gpt2.core.paths import METRICS, PARAMS, ROOT
+from gpt2.tracking.lineage import git
 from gpt2.tracking.store import STORE_ERRORS
 
-try:
-    from optuna import Study, Trial
+if not find_spec("optuna"):
+    sys.exit(fail("src/sweep.py needs the library optuna: run `pip install optuna`"))
 
-    from gpt2.tracking import sweeps
-except ModuleNotFoundError as error:
-    sys.exit(fail(f"src/sweep.py needs the library {error.name}: run `pip install optuna`"))
+from optuna import Study, Trial
+from optuna.exceptions import OptunaError
+from optuna.trial import TrialState
+
+from gpt2.tracking import sweeps
 
 POLL_SECONDS = 1
 TRAINED = (METRICS / "train.json").relative_to(ROOT)
 PROCESS = "process"  # attribute of a trial: the id of its process and when that began
-BUSY = "Unable to acquire lock"  # DVC, while the user runs another command of its
+BUSY, BUSY_SECONDS = "Unable to acquire lock", 10  # DVC, while the user runs another command of its; try again then
+FAILED = r"train\.py, exited with (?!(130|143|-2|-15)\b)"  # DVC, unless Ctrl-C or SIGTERM has ended the training
 
 
 @dataclass
@@ -47,10 +53,9 @@ class Running:
 
     name: str
     trial: Trial
-    values: sweeps.Values
     lock: BaseFileLock
     log: Path
-    process: psutil.Process | None  # None if the results are there
+    process: psutil.Process | None = None  # None if the results are there
 
 
 def main() -> None:
@@ -61,11 +66,13 @@ def main() -> None:
         raise UserError("--jobs should be at least 1")
     params = load_params(PARAMS)
     sweeps.check_space(params)
-    study = sweeps.open_study(params)
-    if not study.get_trials(deepcopy=False) and experiments(f"{study.study_name}-[0-9]*"):
-        raise UserError(f"experiments {study.study_name}-N are there: change sweep.name, or `dvc exp remove` them")
+    study, name = sweeps.open_study(params), params.sweep.name
     try:
+        if not study.get_trials(deepcopy=False) and experiments(rf"{re.escape(name)}-\d+"):
+            raise UserError(f"experiments {name}-N are there: change sweep.name, or `dvc exp remove` them")
         search(study, params, jobs)
+    except OptunaError as error:
+        raise UserError(f"{sweeps.sweep_folder(name) / 'study.db'} fails ({error.__cause__ or error})") from None
     except STORE_ERRORS as error:
         raise UserError(f"MLflow's store fails ({error}); start again when it is back") from None
 
@@ -81,14 +88,16 @@ def search(study: Study, params: Params, jobs: int) -> None:
             if not running:
                 break
             for one in running[:]:
-                if has_ended(one, parent):
+                if has_ended(one, params, parent):
                     running.remove(one)
                     one.lock.release()
                     sweeps.mirror(study, params, parent)
             time.sleep(POLL_SECONDS)
-    finally:
-        for one in running:
-            interrupt(one.process)
+    except BaseException:
+        interrupt(*(one.process for one in running))
+        with suppress(*STORE_ERRORS):
+            mlflow.MlflowClient().set_terminated(parent, "KILLED")
+        raise
     print(sweeps.mirror(study, params, parent))
     try:
         best = f"{study.study_name}-{study.best_trial.number}"
@@ -99,30 +108,38 @@ def search(study: Study, params: Params, jobs: int) -> None:
 
 def start(study: Study, params: Params, parent: str, running: list[Running]) -> bool:
     """Start the next trial, or follow a process that an earlier search has left; return whether there is one."""
-    folder = sweeps.sweep_folder(study.study_name)
-    with FileLock(folder / "lock"):  # two experiments that DVC starts at once may take each other's parameters
-        if not (taken := sweeps.take_trial(study, params)):
-            return False
-        trial, values, lock = taken
-        name = f"{study.study_name}-{trial.number}"
-        log = folder / f"{name}.log"
-        print(f"{name}: {sweeps.show(values)}", flush=True)
-        process = left_process(trial)
-        if not process and trained_loss(name) is None:
-            process = run_experiment(name, values, log, sweeps.child_context(parent))
-            trial.set_user_attr(PROCESS, [process.pid, process.create_time()])
-        running.append(Running(name, trial, values, lock, log, process))
-        while process and not is_over(process) and not re.search("[Ss]tage '", read(log)):
-            time.sleep(0.1)  # until it runs in a folder of its own
+    if not (taken := sweeps.take_trial(study, params)):
+        return False
+    trial, lock = taken
+    name = f"{study.study_name}-{trial.number}"
+    running.append(one := Running(name, trial, lock, sweeps.sweep_folder(study.study_name) / f"{name}.log"))
+    print(f"{name}: {sweeps.show(trial.params)}", flush=True)
+    launch(one, params, parent)
     return True
 
 
-def run_experiment(name: str, values: sweeps.Values, log: Path, context: dict[str, str]) -> psutil.Popen:
+def launch(one: Running, params: Params, parent: str) -> None:
+    """Start a trial's experiment, unless it runs or has its results.
+
+    Raises UserError if it would be of other parameters or code than the trials before.
+    """
+    with FileLock(one.log.parent / "lock"):  # two that DVC starts at once may take each other's parameters
+        one.process = left_process(one.trial)
+        if not one.process and trained_loss(one.name) is None:
+            sweeps.check_same(one.trial.study, load_params(PARAMS).model_copy(update={"sweep": params.sweep}))
+            one.process = run_experiment(one.name, one.trial.params, one.log, parent)
+            one.trial.set_user_attr(PROCESS, [one.process.pid, one.process.create_time()])
+        while one.process and not is_over(one.process) and not re.search("[Ss]tage '", read(one.log)):
+            time.sleep(0.1)  # until it runs in a folder of its own
+
+
+def run_experiment(name: str, values: sweeps.Values, log: Path, parent: str) -> psutil.Popen:
     """Start an experiment of DVC in a folder of its own, in the background; return its process."""
     settings = [f"-S{key}={json.dumps(value)}" for key, value in values.items()]
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "-n", name, *settings, "train"]
+    environment = os.environ | {"MLFLOW_RUN_CONTEXT": json.dumps({MLFLOW_PARENT_RUN_ID: parent})}
     with log.open("w") as file:
-        return psutil.Popen(command, cwd=ROOT, env=os.environ | context, stdout=file, stderr=file, process_group=0)
+        return psutil.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, process_group=0)
 
 
 def left_process(trial: Trial) -> psutil.Process | None:
@@ -130,12 +147,12 @@ def left_process(trial: Trial) -> psutil.Process | None:
     with suppress(KeyError, psutil.NoSuchProcess):
         number, began = trial.user_attrs[PROCESS]
         process = psutil.Process(number)
-        if process.create_time() == began:
+        if process.create_time() == began and not is_over(process):
             return process
     return None
 
 
-def has_ended(one: Running, parent: str) -> bool:
+def has_ended(one: Running, params: Params, parent: str) -> bool:
     """Look at a trial: end it if it is hopeless, and write down how it has ended; return whether it has.
 
     Raises UserError if it failed, but not in its training.
@@ -143,41 +160,44 @@ def has_ended(one: Running, parent: str) -> bool:
     ended = one.process is None or is_over(one.process)
     child = sweeps.find_child(parent, one.name)
     hopeless = child is not None and sweeps.is_hopeless(one.trial, child)
-    if hopeless and not ended:
-        interrupt(one.process)
-    elif not ended:
+    if not ended and not hopeless:
         return False
-    loss, child = trained_loss(one.name), sweeps.find_child(parent, one.name)
-    failed = child is not None and child.info.status == "FAILED"
-    if loss is None and not failed and not hopeless:
-        if BUSY in read(one.log):
-            return True  # to be taken again
-        raise UserError(
-            f"{one.name} was stopped: {last_error(one.log)} (see {one.log}); start again, and the search goes on"
-        )
-    state: sweeps.State = "COMPLETE" if loss is not None else "FAIL" if failed else "PRUNED"
-    sweeps.settle(one.trial, one.name, one.values, parent, state, loss)
-    told = {"COMPLETE": f"val loss {loss}", "PRUNED": "pruned", "FAIL": f"failed: {last_error(one.log)}"}
-    print(f"{one.name}: {told[state]}", flush=True)
+    interrupt(one.process)  # and a training that DVC, killed, has left
+    loss, log = trained_loss(one.name), read(one.log)
+    if loss is not None:
+        state, told = TrialState.COMPLETE, f"val loss {loss}"
+    elif re.search(FAILED, log):
+        state, told = TrialState.FAIL, f"failed: {last_error(log)}"
+    elif hopeless:
+        state, told = TrialState.PRUNED, "pruned"
+    elif BUSY in log:
+        time.sleep(BUSY_SECONDS)
+        launch(one, params, parent)
+        return False
+    else:
+        way_out = "start again, and the search goes on with it, or give the search another sweep.name"
+        raise UserError(f"{one.name} was stopped: {last_error(log)} (see {one.log}); {way_out}")
+    sweeps.settle(one.trial, one.name, parent, child, state, loss)
+    print(f"{one.name}: {told}", flush=True)
     return True
 
 
 def experiments(pattern: str) -> list[str]:
-    """Return the git references of DVC's experiments whose names match a glob, the newest first."""
-    command = ["git", "for-each-ref", "--sort=-creatordate", "--format=%(refname)", f"refs/exps/*/*/{pattern}"]
-    return subprocess.check_output(command, cwd=ROOT, text=True).split()
+    """Return the git references of DVC's experiments whose names match a regular expression, the newest first."""
+    listed = git("for-each-ref", "--sort=-creatordate", "--format=%(refname)", "refs/exps/*/*/*").split()
+    return [one for one in listed if re.fullmatch(pattern, one.rpartition("/")[2])]
 
 
 def trained_loss(name: str) -> float | None:
     """Return the validation loss of an experiment; None if there is none of that name."""
-    for reference in experiments(name):
-        return json.loads(subprocess.check_output(["git", "show", f"{reference}:./{TRAINED}"], cwd=ROOT))["val_loss"]
+    for reference in experiments(re.escape(name)):
+        return json.loads(git("show", f"{reference}:./{TRAINED}"))["val_loss"]
     return None
 
 
-def last_error(log: Path) -> str:
+def last_error(log: str) -> str:
     """Return the last error in a log: a script's own, else DVC's."""
-    lines = read(log).splitlines()
+    lines = log.splitlines()
     return next((one for mark in ("error: ", "ERROR: ") for one in lines[::-1] if one.startswith(mark)), "no error")
 
 
@@ -187,20 +207,21 @@ def read(log: Path) -> str:
 
 
 def is_over(process: psutil.Process) -> bool:
-    """Tell whether a process, a child of this one or not, has ended."""
+    """Tell whether a process has ended, also one whose end nobody asks for, as in containers without an init."""
     try:
-        process.wait(0)
-    except psutil.TimeoutExpired:
-        return False
-    return True
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
-def interrupt(process: psutil.Process | None) -> None:
-    """Let an experiment save its training and stop, and wait until it has."""
-    if process:
+def interrupt(*processes: psutil.Process | None) -> None:
+    """Let experiments save their trainings and stop, and wait until they have."""
+    begun = [one for one in processes if one]
+    for one in begun:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)
-        process.wait()
+            os.killpg(one.pid, signal.SIGINT)
+    while not all(map(is_over, begun)):
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

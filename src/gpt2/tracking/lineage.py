@@ -51,9 +51,9 @@ def collect_lineage(params: Params, threads: int) -> Lineage:
         "prepare": read_json(TOKENS / "meta.json")["prepare"],
         "threads": threads,
         "environment": _environment(choose_device(params.runtime.device)),
-        "commit": _git("rev-parse", "HEAD").strip(),
-        "uncommitted": [line[3:] for line in _git("status", "--porcelain", "--", *UNCOMMITTED).splitlines()],
-        "diff": _git("diff", "--no-ext-diff", "HEAD", "--", *UNCOMMITTED),
+        "commit": git("rev-parse", "HEAD").strip(),
+        "uncommitted": [line[3:] for line in git("status", "--porcelain", "--", *UNCOMMITTED).splitlines()],
+        "diff": git("diff", "--no-ext-diff", "HEAD", "--", *UNCOMMITTED),
     }
 
 
@@ -114,7 +114,7 @@ def changes_since_commit(params: Params, lineage: Lineage) -> str:
     if not (commit := lineage["commit"]):
         return ""
     with suppress(UserError, yaml.YAMLError):
-        committed = check(Params, yaml.safe_load(_git("show", f"{commit}:./params.yaml")), "params.yaml")
+        committed = check(Params, yaml.safe_load(git("show", f"{commit}:./params.yaml")), "params.yaml")
         changes = differences(params.model_dump(by_alias=True), committed.model_dump(by_alias=True))
         files = [f"uncommitted {name}" for name in lineage["uncommitted"] if name != "params.yaml"]
         return f"{'; '.join(changes + files) or 'params.yaml as it is'} (commit {commit[:8]})"
@@ -162,7 +162,7 @@ def _environment(device: torch.device) -> str:
     return f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}, {hardware}"
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
     """Return what a git command prints; nothing outside git. The repository may be another user's, as is the code."""
     try:
         return subprocess.check_output(

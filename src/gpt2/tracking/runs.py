@@ -38,6 +38,7 @@ TRAIN_KEY, RUN_KEY, RESULTS_KEY = "gpt2.train_key", "gpt2.run_key", "gpt2.result
 EXPERIMENT_NAME, COMMIT, UNCOMMITTED = "dvc.experiment", "mlflow.source.git.commit", "gpt2.uncommitted"
 ENVIRONMENT, THREADS = "gpt2.environment", "gpt2.threads"
 PARENT, PARENT_SHA256 = "gpt2.parent", "gpt2.parent_sha256"
+STATE = "optuna.state"  # of a sweep's trial that has ended
 # What another program has set for its own run, and MLflow would take for ours.
 FOREIGN = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_ACTIVE_MODEL_ID")
 
@@ -165,8 +166,9 @@ def _open_run(params: Params, lineage: Lineage, results: str | None = None) -> I
     """Open the latest run of these parameters that fits, or a new one.
 
     A training resumes a run that register has not completed: one of the same experiment, or an unfinished one. (That is
-    dead, since only one process at a time runs a training.) The mirror of results takes a run of the same experiment
-    that has these results, or none yet; outside experiments, it takes an experiment's finished run too.
+    dead, since only one process at a time runs a training.) It leaves a sweep's trial that has ended. The mirror of
+    results takes a run of the same experiment that has these results, or none yet; outside experiments, it takes an
+    experiment's finished run too.
     """
     name = experiment_name()
     tags = lineage_tags(lineage) | {RUN_KEY: run_key(params, lineage["train_key"])}
@@ -179,7 +181,7 @@ def _open_run(params: Params, lineage: Lineage, results: str | None = None) -> I
     def fits(run: Run) -> bool:
         same, finished = run.data.tags.get(EXPERIMENT_NAME) == name, run.info.status == "FINISHED"
         if results is None:
-            return RESULTS_KEY not in run.data.tags and (same or not finished)
+            return not {RESULTS_KEY, STATE} & run.data.tags.keys() and (same or not finished)
         return (same or (name is None and finished)) and run.data.tags.get(RESULTS_KEY, results) == results
 
     experiment_id = open_store()

@@ -2,10 +2,10 @@
 
 import difflib
 import json
-from collections.abc import Mapping
-from itertools import product
+from functools import cache
+from itertools import islice, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlflow
 import optuna
@@ -16,34 +16,27 @@ from mlflow.entities import Param, Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from optuna import Study, Trial
+from optuna.exceptions import OptunaError
 from optuna.trial import TrialState
 from sqlalchemy import URL
+from sqlalchemy.exc import SQLAlchemyError
 
 from gpt2.config import Params
 from gpt2.core.errors import UserError
 from gpt2.core.files import write_text
-from gpt2.core.paths import ROOT, main_root
+from gpt2.core.paths import PARAMS, ROOT, main_root
 from gpt2.core.validation import check
 from gpt2.report.figures import draw_all
 from gpt2.tracking.lineage import checkpoint_folder, differences, file_hashes, flatten, hash_of
-from gpt2.tracking.runs import EXPERIMENT_NAME, TRAIN_KEY
+from gpt2.tracking.runs import EXPERIMENT_NAME, STATE, TRAIN_KEY
 from gpt2.tracking.store import open_store
 from gpt2.training.checkpoints import Checkpoints
 
 VAL_LOSS = "val/full_loss"  # of the whole split, in the end: what is searched for
-STATE, BEST = "optuna.state", "gpt2.best_trial"  # tags of a trial's run, and of the parent
+BEST = "gpt2.best_trial"  # a tag of the parent
 MADE_OF, PARENT_RUN = "made_of", "mlflow_run"  # attributes of the study
-State = Literal["COMPLETE", "PRUNED", "FAIL"]
+ENDS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}  # MLflow's words
 Values = dict[str, Any]  # of the searched parameters, by name
-
-
-def with_values(params: Params, values: Mapping[str, Any]) -> Params:
-    """Return parameters with other values, by dotted name. Raises UserError if they are refused."""
-    raw = params.model_dump(by_alias=True) | {"sweep": params.sweep}
-    for name, value in values.items():
-        section, key = name.split(".")
-        raw[section][key] = value
-    return check(Params, raw, "sweep.space")
 
 
 def check_space(params: Params) -> None:
@@ -54,8 +47,19 @@ def check_space(params: Params) -> None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"sweep.space: {name} is no parameter of model or train{hint}")
-    for values in product(*(searched.extremes() for searched in space.values())):
-        with_values(params, dict(zip(space, values, strict=True)))
+    is_preset = isinstance(yaml.safe_load(PARAMS.read_text(encoding="utf-8"))["model"], str)
+    if is_preset and any(name.startswith("model.") for name in space):
+        raise UserError("sweep.space: to search model.*, params.yaml should have a section model, not a model's name")
+    extremes = {name: searched.extremes() for name, searched in space.items()}
+    first = {name: values[0] for name, values in extremes.items()}
+    tried = [first | {name: value} for name, values in extremes.items() for value in values]
+    tried += (dict(zip(extremes, one, strict=True)) for one in islice(product(*extremes.values()), 1000))
+    for values in tried:
+        raw = params.model_dump(by_alias=True) | {"sweep": params.sweep}
+        for name, value in values.items():
+            section, key = name.split(".")
+            raw[section][key] = value
+        check(Params, raw, "sweep.space")
 
 
 def sweep_folder(name: str) -> Path:
@@ -65,65 +69,74 @@ def sweep_folder(name: str) -> Path:
 
 def open_study(params: Params) -> Study:
     """Open the study of params.sweep, or make it. Raises UserError if its trials are of other parameters or code."""
-    sweep, folder, made_of = params.sweep, sweep_folder(params.sweep.name), _made_of(params)
+    folder, database = sweep_folder(params.sweep.name), sweep_folder(params.sweep.name) / "study.db"
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     median = optuna.pruners.MedianPruner(_explored(params), n_warmup_steps=params.train.warmup_steps + 1)
+    pruner = median if params.sweep.prune else optuna.pruners.NopPruner()
+    storage = URL.create("sqlite", database=str(database)).render_as_string()
     with FileLock(folder / "lock"):  # processes that make a database at once would break it
-        study = optuna.create_study(
-            storage=URL.create("sqlite", database=str(folder / "study.db")).render_as_string(),
-            study_name=sweep.name,
-            pruner=median if sweep.prune else optuna.pruners.NopPruner(),
-            load_if_exists=True,
-        )
-        if changes := differences(study.user_attrs.get(MADE_OF, made_of), made_of):
-            changed = "; ".join(changes)
-            raise UserError(
-                f"sweep {sweep.name} has trials of others ({changed}): change sweep.name, or delete {folder}"
+        try:
+            study = optuna.create_study(
+                storage=storage, study_name=params.sweep.name, pruner=pruner, load_if_exists=True
             )
-        study.set_user_attr(MADE_OF, made_of)
+        except (OptunaError, RuntimeError, SQLAlchemyError) as error:
+            raise UserError(f"{database} cannot be opened ({error}): delete it, or change sweep.name") from None
+        check_same(study, params)
+        study.set_user_attr(MADE_OF, _made_of(params))
     return study
 
 
-def take_trial(study: Study, params: Params) -> tuple[Trial, Values, FileLock] | None:
-    """Take a trial whose process has died, else a new one; return it, its values, and a lock to be held meanwhile.
+def check_same(study: Study, params: Params) -> None:
+    """Raise UserError if the study's trials are of other parameters or code than the present ones."""
+    made_of, way_out = _made_of(params), f"change sweep.name, or delete {sweep_folder(study.study_name)}"
+    if changes := "; ".join(differences(study.user_attrs.get(MADE_OF, made_of), made_of)):
+        raise UserError(f"sweep {study.study_name} has trials of others ({changes}): {way_out}")
 
-    Return None if there are enough. One process at a time may call this.
+
+def take_trial(study: Study, params: Params) -> tuple[Trial, FileLock] | None:
+    """Take a trial whose process has died, else a new one; return it with its values, and a lock to be held meanwhile.
+
+    Return None if there are enough.
     """
-    trials, folder = study.get_trials(deepcopy=False), sweep_folder(study.study_name)
-    for one in trials:
-        if one.state == TrialState.RUNNING:
+    folder = sweep_folder(study.study_name)
+    with FileLock(folder / "lock"):
+        trials = study.get_trials(deepcopy=False)
+        numbers = [one.number for one in trials if one.state == TrialState.RUNNING]
+        for number in (*numbers, *range(len(trials), params.sweep.trials)[:1]):
             try:
-                (lock := FileLock(folder / f"{one.number}.lock")).acquire(blocking=False)
+                (lock := FileLock(folder / f"{number}.lock")).acquire(blocking=False)
             except Timeout:
                 continue
-            trial = Trial(study, one._trial_id)
-            return trial, _values(trial, params), lock
-    if len(trials) >= params.sweep.trials:
-        return None
-    # By its number, so that a search that was interrupted does not draw the same values again.
-    study.sampler = optuna.samplers.TPESampler(seed=params.sweep.seed + len(trials), n_startup_trials=_explored(params))
-    trial = study.ask()
-    (lock := FileLock(folder / f"{trial.number}.lock")).acquire()
-    return trial, _values(trial, params), lock
+            # By its number, so that a search that was interrupted does not draw the same values again.
+            seed = params.sweep.seed + number
+            study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_explored(params))
+            trial = Trial(study, trials[number]._trial_id) if number < len(trials) else study.ask()
+            for name, one in params.sweep.space.items():
+                if one.choices is not None:
+                    trial.suggest_categorical(name, one.choices)
+                else:
+                    trial.suggest_float(name, one.low, one.high, log=one.log)  # type: ignore[arg-type]
+            return trial, lock
+    return None
 
 
 def open_parent(study: Study) -> str:
     """Return the id of the search's run in MLflow, which is made where it is missing. Raises one of STORE_ERRORS."""
     experiment_id, client = open_store(), mlflow.MlflowClient()
-    try:
-        run_id = client.get_run(study.user_attrs.get(PARENT_RUN, "")).info.run_id
-        client.update_run(run_id, status="RUNNING")
-    except MlflowException:  # it is new, or the store is
+    with FileLock(sweep_folder(study.study_name) / "lock"):
+        if run_id := study.user_attrs.get(PARENT_RUN):
+            try:
+                if client.get_run(run_id).info.lifecycle_stage == "active":
+                    client.update_run(run_id, status="RUNNING")
+                    return run_id
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
         run_id = client.create_run(experiment_id, run_name=study.study_name).info.run_id
         client.log_batch(run_id, params=_as_params(flatten(study.user_attrs[MADE_OF])))
         study.set_user_attr(PARENT_RUN, run_id)
     return run_id
-
-
-def child_context(parent: str) -> dict[str, str]:
-    """Return the variables with which a new run of MLflow's, in another process, becomes a child of `parent`."""
-    return {"MLFLOW_RUN_CONTEXT": json.dumps({MLFLOW_PARENT_RUN_ID: parent})}
 
 
 def find_child(parent: str, name: str) -> Run | None:
@@ -145,20 +158,21 @@ def is_hopeless(trial: Trial, child: Run) -> bool:
     return hopeless or trial.should_prune()  # as it was told before the search was interrupted
 
 
-def settle(trial: Trial, name: str, values: Values, parent: str, state: State, loss: float | None = None) -> None:
+def settle(trial: Trial, name: str, parent: str, child: Run | None, state: TrialState, loss: float | None) -> None:
     """Write down how a trial has ended, in its run and then in the study, and delete its checkpoints."""
-    client, child = mlflow.MlflowClient(), find_child(parent, name)
-    if child is None:  # DVC had the results of equal parameters, so nothing was trained
+    client = mlflow.MlflowClient()
+    if child is None:  # nothing was trained: DVC had the results of equal parameters, or the training failed at once
         tags = {MLFLOW_PARENT_RUN_ID: parent, EXPERIMENT_NAME: name}
         child = client.create_run(client.get_run(parent).info.experiment_id, run_name=name, tags=tags)
-        client.log_batch(child.info.run_id, params=_as_params(values))
-        client.set_terminated(child.info.run_id)
+        client.log_batch(child.info.run_id, params=_as_params(trial.params))
     if loss is not None:
         client.log_metric(child.info.run_id, VAL_LOSS, loss, step=0)
-    client.set_tag(child.info.run_id, STATE, state)
+    client.set_tag(child.info.run_id, STATE, state.name)
+    if child.info.status == "RUNNING":  # as after a kill
+        client.set_terminated(child.info.run_id, ENDS[state])
     if train_key := child.data.tags.get(TRAIN_KEY):
         Checkpoints(checkpoint_folder(train_key)).remove()
-    trial.study.tell(trial, loss, TrialState[state])
+    trial.study.tell(trial, loss, state)
 
 
 def mirror(study: Study, params: Params, parent: str) -> str:
@@ -186,24 +200,14 @@ def mirror(study: Study, params: Params, parent: str) -> str:
     client.set_tag(parent, MLFLOW_RUN_NOTE, summary)
     if len(trials) >= params.sweep.trials and not counts[TrialState.RUNNING]:
         client.set_terminated(parent)
+    else:
+        client.update_run(parent, status="RUNNING")  # another search, which was interrupted, may have ended it
     return summary
 
 
 def show(values: Values) -> str:
     """Return values in words."""
-    return ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
-    )
-
-
-def _values(trial: Trial, params: Params) -> Values:
-    """Return the trial's values; those that it lacks, as a new one does, are drawn."""
-    return {
-        name: trial.suggest_categorical(name, one.choices)
-        if one.choices is not None
-        else trial.suggest_float(name, one.low, one.high, log=one.log)  # type: ignore[arg-type]
-        for name, one in params.sweep.space.items()
-    }
+    return ", ".join(f"{name} {f'{one:.4g}' if isinstance(one, float) else one}" for name, one in values.items())
 
 
 def _explored(params: Params) -> int:
@@ -224,8 +228,15 @@ def _made_of(params: Params) -> dict[str, Any]:
     return {
         **{name: value for name, value in fixed.items() if name not in params.sweep.space},
         "sweep": params.sweep.model_dump(include={"seed", "prune", "space"}, exclude_none=True),
-        "files": hash_of([pair for path in sorted(deps) for pair in file_hashes(path)])[:12],
+        "files": hash_of([(_data if one.startswith("data/") else _code)(one) for one in sorted(deps)])[:12],
     }
+
+
+def _code(path: str) -> list[tuple[str, str]]:
+    return list(file_hashes(path))
+
+
+_data = cache(_code)  # which may be large, so it is read once
 
 
 def _as_params(values: Values) -> list[Param]:
