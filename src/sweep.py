@@ -19,10 +19,8 @@ from gpt2.core.environment import MLFLOW_DEFAULTS
 
 os.environ.update(MLFLOW_DEFAULTS | os.environ)
 
-import mlflow
 import psutil
 from filelock import BaseFileLock, FileLock
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from gpt2.config import Params, load_params
 from gpt2.core.cli import Parser, fail, run_command
@@ -96,7 +94,7 @@ def search(study: Study, params: Params, jobs: int) -> None:
     except BaseException:
         interrupt(*(one.process for one in running))
         with suppress(*STORE_ERRORS):
-            mlflow.MlflowClient().set_terminated(parent, "KILLED")
+            sweeps.stop_parent(parent)
         raise
     print(sweeps.mirror(study, params, parent))
     try:
@@ -137,7 +135,7 @@ def run_experiment(name: str, values: sweeps.Values, log: Path, parent: str) -> 
     """Start an experiment of DVC in a folder of its own, in the background; return its process."""
     settings = [f"-S{key}={json.dumps(value)}" for key, value in values.items()]
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "-n", name, *settings, "train"]
-    environment = os.environ | {"MLFLOW_RUN_CONTEXT": json.dumps({MLFLOW_PARENT_RUN_ID: parent})}
+    environment = os.environ | {"MLFLOW_RUN_CONTEXT": json.dumps({"mlflow.parentRunId": parent})}
     with log.open("w") as file:
         return psutil.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, process_group=0)
 

@@ -136,9 +136,7 @@ def checkpoint_folder(train_key: str) -> Path:
 
 def run_key(params: Params, train_key: str) -> str:
     """Return the hash that names one run of the whole pipeline."""
-    return hash_of(
-        {"train_key": train_key, "params": params.model_dump(by_alias=True, exclude={"train": HOW_TO_COMPUTE})}
-    )
+    return hash_of({"train_key": train_key, "params": params.model_dump(by_alias=True)})
 
 
 def hash_of(content: Any) -> str:

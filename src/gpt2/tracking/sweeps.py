@@ -139,6 +139,11 @@ def open_parent(study: Study) -> str:
     return run_id
 
 
+def stop_parent(run_id: str) -> None:
+    """Write down that the search has been interrupted. Raises one of STORE_ERRORS."""
+    mlflow.MlflowClient().set_terminated(run_id, "KILLED")
+
+
 def find_child(parent: str, name: str) -> Run | None:
     """Return the run of the trial of that name, if its training has begun. Raises one of STORE_ERRORS."""
     client = mlflow.MlflowClient()
