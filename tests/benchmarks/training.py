@@ -104,7 +104,8 @@ def plain(
     return step
 
 
-def plain_loop(
+def peer(
+    make: Callable[[Params], nn.Module],
     params: Params,
     batches: TrainingBatches,
     device: torch.device,
@@ -112,24 +113,18 @@ def plain_loop(
     fused: bool = True,
     compiled: bool = False,
 ) -> Step:
-    model = build_model(model_config(params), params.train, device).train()
+    model = make(params).to(device).train()
     called: Any = torch.compile(model) if compiled else model
-    return plain(model, called, params, batches, device, precision, fused)
+
+    def logits_of(tokens: Tensor) -> Tensor:
+        output = called(tokens)
+        return output if isinstance(output, Tensor) else output.logits  # as transformers names them
+
+    return plain(model, logits_of, params, batches, device, precision, fused)
 
 
-def transformers(
-    params: Params,
-    batches: TrainingBatches,
-    device: torch.device,
-    precision: torch.dtype,
-    fused: bool = True,
-    compiled: bool = False,
-) -> Step:
-    model = transformers_model(params, use_cache=False).to(device).train()
-    called: Any = torch.compile(model) if compiled else model
-    return plain(model, lambda tokens: called(tokens).logits, params, batches, device, precision, fused)
-
-
+plain_loop = partial(peer, lambda params: build_model(model_config(params), params.train, torch.device("cpu")))
+transformers = partial(peer, partial(transformers_model, use_cache=False))
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, whole vocabulary": {},
