@@ -33,9 +33,10 @@ from gpt2.tracking.lineage import (
 from gpt2.tracking.named_models import NamedModel, load_parent
 from gpt2.tracking.runs import NO_LOG, training_run
 from gpt2.training.checkpoints import Checkpoints
-from gpt2.training.distributed import first_only, from_first, gathered, is_first, is_launcher, launch, process_group
+from gpt2.training.distributed import first_only, from_first, is_first, is_launcher, launch, process_group
 from gpt2.training.history import write_curves
 from gpt2.training.optimizers import shared_steps
+from gpt2.training.parallel import gathered
 from gpt2.training.run import build_model, check_shape, run_training, take_weights
 
 

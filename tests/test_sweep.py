@@ -201,11 +201,12 @@ def test_a_training_that_dies_is_one_trial_that_failed_and_one_that_was_stopped_
     params: Callable[..., Params], ending: Ending, error_line: ErrorLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     three = params(name="dies", trials=3)
-    study, client = sweeps.open_study(three), mlflow.MlflowClient()
+    study = sweeps.open_study(three)
     ending(*(f"ERROR: failed to run: {TRAINING}, exited with {code}" for code in (-9, 130)))
     told = error_line(lambda: sweep.search(study, three, jobs=1))
     assert "dies-1 was stopped: ERROR: " in told and "start again" in told and "another sweep.name" in told
     assert states(study) == ["FAIL", "RUNNING"]
+    client = mlflow.MlflowClient()  # of the store that the search has opened
     assert client.get_run(study.user_attrs["mlflow_run"]).info.status == "KILLED"
     child = sweeps.find_child(study.user_attrs["mlflow_run"], "dies-0")
     assert child and (child.info.status, child.data.tags["optuna.state"]) == ("FAILED", "FAIL")

@@ -1,10 +1,12 @@
-"""One optimizer step of a model sharded by FSDP: each process's peak memory, when it is built and after the step.
+"""One step of a model sharded by FSDP: each process's peak memory, when the model is built and after the step.
 
 torchrun --standalone --nproc-per-node 4 tests/benchmarks/memory.py gpt2-medium
+torchrun --standalone --nproc-per-node 4 tests/benchmarks/memory.py gpt2-xl --backward-only
 
 On CPUs, with batches of one short sequence for each process, activation checkpointing, and AdamW.
 """
 
+import argparse
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,9 +31,13 @@ LENGTH = 32
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=OPENAI_SIZES)
+    parser.add_argument("--backward-only", action="store_true", help="gradients, but no step of the optimizer")
+    options = parser.parse_args()
     tokens = (np.arange(10 * LENGTH) * 7).astype(np.uint16)
     threads = use_threads("auto")
-    d_model, n_layers, n_heads = OPENAI_SIZES[sys.argv[1]]
+    d_model, n_layers, n_heads = OPENAI_SIZES[options.size]
     sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "d_ff": 4 * d_model, "vocab_size": 50257}
     config = ModelConfig(**sizes, max_len=1024, dropout=0.1, tie_weights=True, qkv_bias=True, activation="gelu_tanh")
     with process_group("cpu") as device, TemporaryDirectory() as folder:
@@ -41,12 +47,16 @@ def main() -> None:
         model = build_model(config, params, device)
         peaks.append(peak_memory_bytes(device))
         checkpoint_activations(model)
-        Trainer(model, tokens, tokens, params, torch.float32, Checkpoints(Path(folder))).step(0)
+        trainer = Trainer(model, tokens, tokens, params, torch.float32, Checkpoints(Path(folder)))
+        if options.backward_only:
+            trainer.gradients(*trainer.batches(0, trainer.rows), 0)
+        else:
+            trainer.step(0)
         peaks.append(peak_memory_bytes(device))
         found: list[list[int]] = [[]] * world_size()
         dist.all_gather_object(found, peaks)
         print_circumstances(threads)
-        print(f"{model.count_parameters():,} parameters; GB after importing, building, and one step:")
+        print(f"{model.count_parameters():,} parameters; GB after importing, building, and the step:")
         for rank, values in enumerate(found):
             print(f"process {rank}:", *(f"{value / 1e9:.2f}" for value in values))
 

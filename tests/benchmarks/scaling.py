@@ -48,7 +48,7 @@ CONTEXT = 1024
 FLOAT32 = 4  # bytes
 BUCKET = 25 * 2**20  # bytes, DDP's default
 PROCESSES, SEQUENCES, STEPS = (1, 2, 4), (1, 4), 5  # of what is measured
-SHAPE = {"d_model": 256, "n_layers": 6, "n_heads": 4, "max_len": 128}
+SHAPE = {"d_model": 256, "n_layers": 6, "n_heads": 4, "max_len": 64}
 
 
 def gpt2(d_model: int, n_layers: int, n_heads: int, max_len: int) -> GPT2Model:

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_version_tells_how_to_make_it_again(checkout: Path, shell: Shell, reproduced: object) -> None:
-    facts, commands = shell("python src/register.py --show").stdout.split("\n\n")
+    facts, _ = shell("python src/register.py --show").stdout.split("\n\n")  # of the commands see test_init_from.py
     shown = yaml.safe_load(facts)
     made = json.loads((checkout / "data/model/config.json").read_text())["model_sha256"]
     assert shown["weights_sha256"] == made
@@ -22,8 +22,6 @@ def test_a_version_tells_how_to_make_it_again(checkout: Path, shell: Shell, repr
     assert shown["stride"] == 16
     assert shown["data_digest"] == sha256_of(checkout / "data/tokens/train.bin")[:32]
     assert shown["params"]["train"]["max_steps"] == 6 and shown["aliases"] == ["champion"]
-    all_installed = "\n".join(line for line in commands.splitlines() if "pip install" not in line)
-    assert shell(f"set -e\n{all_installed}").stdout.splitlines()[-1].split()[0] == made
 
 
 def test_a_version_is_described(checkout: Path, shell: Shell, reproduced: object) -> None:

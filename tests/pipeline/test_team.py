@@ -206,7 +206,6 @@ def test_what_fails_ends_with_one_line_and_is_completed_later(
     def completes() -> None:
         assert stages_run(run("dvc repro", members[0]).stdout) == ["register"]
         assert sha256_of_model(members[0]) in champion(client)[1]
-        run_scripts(write, folder, variables)
 
     with server():
         run(REPRO_AND_PUSH, members[0])
@@ -254,4 +253,5 @@ def test_what_fails_ends_with_one_line_and_is_completed_later(
     before = digests(folder)
     with server():
         completes()
+        run_scripts(write, folder, variables)
     assert digests(folder) == before

@@ -27,18 +27,12 @@ def test_an_experiment_with_a_vocabulary_of_its_own(
     )
     kept = [mine / "data" / folder / TOKENIZER_FILE for folder in ("tokens", "model")]
     assert sha256_of(kept[0]) == sha256_of(kept[1])
-    assert (
-        "has the SHA-256 that was registered" in shell(f"{here} python src/register.py --verify models:/gpt2/2").stdout
-    )
     written = [
         shell(f"{here} python src/infer.py -m {model} -p 'バラは' -t 9 --seed 1").stdout
         for model in ("models:/gpt2/2", "data/model")
     ]
     assert written[0] == written[1] and written[0].startswith("バラは")
     assert "vocab_size 50257" in shell(f"{here} python src/infer.py -m models:/gpt2/1 -p The -t 1").stderr
-    shell(f"{here} python src/register.py --promote 2")
-    shell(f"{here} python src/demo.py --only attention --text 'バラは赤い'")
-    # Without a change, nothing is done again; with GPT-2's tokenizer, what was made before comes back.
-    assert "Running stage" not in shell(f"{here} dvc repro").stdout
+    # With GPT-2's tokenizer, what was made before comes back.
     shell(f"{here} dvc exp run -S prepare.tokenizer=gpt2 -S prepare.vocab_size=null")
     assert not any(path.exists() for path in kept)

@@ -125,8 +125,9 @@ def test_a_version_and_its_logged_model_show_the_results_of_the_run(
     monkeypatch.setattr(registry, "MODEL", tmp_path / "model")
     sizes = {"vocab_size": VOCAB_SIZE, "random": True}
     digest = save_model(make_model(**sizes), make_config(vocab_size=VOCAB_SIZE), tmp_path / "model")
-    shown, client = {"val_perplexity": "117.0"}, mlflow.MlflowClient()
-    with mlflow.start_run(experiment_id=open_store(), run_name="lr/0.5") as run:
+    shown, experiment_id = {"val_perplexity": "117.0"}, open_store()
+    client = mlflow.MlflowClient()
+    with mlflow.start_run(experiment_id=experiment_id, run_name="lr/0.5") as run:
         mlflow.log_metrics({"val/loss": 9.0, "test/loss": 4.0, "system/cpu_utilization_percentage": 1.0}, step=0)
         mlflow.set_tag(MODEL_SHA256, digest)
         for _ in range(2):

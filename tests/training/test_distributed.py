@@ -24,7 +24,7 @@ from gpt2.core.cli import run_command
 from gpt2.core.errors import UserError
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import WEIGHTS, save_model
-from gpt2.training import distributed, muon
+from gpt2.training import distributed, muon, parallel
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.run import build_model, run_training, take_weights
 
@@ -64,7 +64,7 @@ def work(job: Job, folder: Path) -> None:
         torch.manual_seed(5)
         take_weights(model, GPT2Model(**job["model"] | {"max_len": 20}) if distributed.is_first() else None)
     metrics, history = run_training(model, TOKENS, TOKENS[:90], SEEN, params, runtime, checkpoints, disturb)
-    whole = distributed.gathered(model, config)
+    whole = parallel.gathered(model, config)
     if distributed.is_first():
         save_model(whole, config, checkpoints.folder / "model")
         (checkpoints.folder / "history.json").write_text(json.dumps([history, metrics]))
@@ -178,9 +178,9 @@ def test_a_training_goes_on_in_other_numbers_of_processes(
     trained: Callable[[int], Path], tmp_path: Path, make_job: MakeJob
 ) -> None:
     """Each part but the last is stopped by a signal to one process; the model is sharded or not."""
-    for part, (processes, parallel) in enumerate([(1, "ddp"), (2, "fsdp"), (4, "ddp"), (2, "fsdp")]):
+    for part, (processes, kind) in enumerate([(1, "ddp"), (2, "fsdp"), (4, "ddp"), (2, "fsdp")]):
         stop = {"does": signal.SIGTERM, "at_step": 2 * part + 1} if part < 3 else {}
-        job = make_job("job", KINDS["fsdp muon tied"] | {"parallel": parallel}, tied=True, **stop)
+        job = make_job("job", KINDS["fsdp muon tied"] | {"parallel": kind}, tied=True, **stop)
         output, errors = run(tmp_path, [job], processes, code=128 + signal.SIGTERM if stop else 0)
         assert ("starting at step 0" if part == 0 else f"resuming after step {2 * part},") in output
         assert not stop or errors.count(f"stopped after step {2 * part + 2}, which is saved") == 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gpt2.core.errors import UserError
 from gpt2.core.files import delete, file_lock, publish, sha256_of
-from gpt2.training import distributed
+from gpt2.training import distributed, parallel
 
 KEPT = 2  # the newest may be found damaged
 FINISHED = "finished"  # the folder of the training that register has seen last
@@ -57,7 +57,7 @@ class Checkpoints:
         tensors = _tensors(model, optimizers) | {f"best/{name}": weight for name, weight in (best or {}).items()}
         if not distributed.is_first():
             for tensor in tensors.values():
-                distributed.whole(tensor)
+                parallel.whole(tensor)
             return
         try:
             _write(tensors, written, {NOTES: json.dumps(notes)})
@@ -176,7 +176,7 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(distributed.whole(tensor).cpu().contiguous().numpy().data)
+            file.write(parallel.whole(tensor).cpu().contiguous().numpy().data)
 
 
 def _describe(path: Path, file: Any) -> tuple[int, dict[str, Any], dict[str, list[int]]]:
@@ -196,7 +196,7 @@ def _load(shapes: dict[str, list[int]], file: Any, model: nn.Module, optimizers:
         if kind != "model":
             is_alike = shape == list(parameter.shape)
             tensor = torch.empty_like(tensor) if is_alike else torch.empty(shape, device=parameter.device)
-        distributed.fill(tensor, file.get_tensor(name) if file else None)
+        parallel.fill(tensor, file.get_tensor(name) if file else None)
         if kind == "best":
             best[parameter_name] = tensor.cpu()
         elif kind == "optimizer":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gpt2.training.distributed import split_over_processes
+from gpt2.training.parallel import split_over_processes
 
 MOMENTUM = 0.95
 ITERATIONS = 5

@@ -17,7 +17,7 @@ from gpt2.data.batches import Purpose, SeenMask, Tokens, seed_torch
 from gpt2.model.gpt2 import GPT2Model, MultiHeadAttention
 from gpt2.model.seen_tokens import SeenTokens
 from gpt2.model.weights import shapes_only
-from gpt2.training import distributed
+from gpt2.training import distributed, parallel
 from gpt2.training.attention import causal_attention
 from gpt2.training.bigrams import initialize_from_bigrams
 from gpt2.training.checkpoints import Checkpoints
@@ -40,7 +40,7 @@ def build_model(config: ModelConfig, params: TrainParams, device: torch.device) 
     check_memory(weights_bytes + activations_bytes + batch_bytes, device)
     seed_torch(params.seed, Purpose.WEIGHTS)
     if is_sharded:
-        return distributed.sharded_model(config, device)
+        return parallel.sharded_model(config, device)
     return GPT2Model(**config.model_dump()).to(device)
 
 
@@ -61,7 +61,7 @@ def take_weights(model: GPT2Model, given: GPT2Model | None) -> None:
     """Give a model the weights of one of the same shape, which the first process has; of its positions, the first."""
     for name, parameter in model.named_parameters():
         whole = given.get_parameter(name).data[: len(parameter)] if given else None
-        distributed.fill(parameter, whole)
+        parallel.fill(parameter, whole)
 
 
 def run_training(
@@ -131,11 +131,11 @@ def initialize(model: GPT2Model, train_tokens: Tokens, seen_tokens: SeenTokens, 
         if distributed.is_first():
             seed_torch(params.seed, Purpose.INITIALIZATION)
             initialize_from_bigrams(model, train_tokens)
-        distributed.copy_from_first(model)
+        parallel.copy_from_first(model)
     if params.fused:
-        weight = distributed.whole(model.output_projection.weight)
+        weight = parallel.whole(model.output_projection.weight)
         seen_tokens.equalize(weight)
-        distributed.fill(model.output_projection.weight, weight)
+        parallel.fill(model.output_projection.weight, weight)
 
 
 def use_fused_parts(model: GPT2Model, seen_tokens: SeenTokens, compiled: bool) -> None:

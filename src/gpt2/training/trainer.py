@@ -16,7 +16,7 @@ from gpt2.core.errors import Stopped
 from gpt2.core.progress import Progress
 from gpt2.data.batches import Purpose, Tokens, TrainingBatches, seed_torch, validation_batches
 from gpt2.model.gpt2 import GPT2Model
-from gpt2.training import distributed
+from gpt2.training import distributed, parallel
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.cuda_graph import capture
 from gpt2.training.history import LogWeights
@@ -46,7 +46,7 @@ class Trainer:
         self.val_batches = partial(validation_batches, val_tokens, self.micro_batch_size, params.sequence_length)
         self.val_batches()  # raises now, not at the first validation
         self.val_windows = (len(val_tokens) - 1) // params.sequence_length
-        self.parallel = distributed.data_parallel(model, params.batch_size)  # the model itself in a single process
+        self.parallel = parallel.data_parallel(model, params.batch_size)  # the model itself in a single process
         self.rows = distributed.own_rows(params.batch_size)
         self.optimizers = build_optimizers(model, params, precision)
         self.best: dict[str, Tensor] = {}  # the weights of the lowest val/loss, if they are to be kept
@@ -71,12 +71,12 @@ class Trainer:
             x, y = (tensor[start : start + self.micro_batch_size].to(self.device) for tensor in (inputs, targets))
             if step is not None:
                 seed_torch(self.params.seed, Purpose.DROPOUT, step, self.rows.start + start)
-            with distributed.synchronized(self.parallel, now=start + len(x) == len(inputs)):
+            with parallel.synchronized(self.parallel, now=start + len(x) == len(inputs)):
                 with autocast(self.device, self.precision):
                     loss = self.parallel(x, y) * (len(x) / len(inputs))
                 loss.backward()
             total += loss.detach()
-        norm = distributed.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
+        norm = parallel.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
         return distributed.mean(total), norm
 
     def capture(self, step: int) -> None:
@@ -101,7 +101,7 @@ class Trainer:
                 sums += torch.stack([loss, torch.ones_like(loss)]) * (y.numel() * counts)
                 progress.advance(len(x) * distributed.world_size())
         self.model.train()
-        distributed.reshard(self.model)
+        parallel.reshard(self.model)
         loss, tokens = distributed.mean(sums)
         return float(loss / tokens)
 
