@@ -1,5 +1,6 @@
 """One step of a model sharded by FSDP: each process's peak memory, when the model is built and after the step.
 
+export MALLOC_MMAP_THRESHOLD_=1000000  # glibc then gives freed memory back
 torchrun --standalone --nproc-per-node 4 tests/benchmarks/memory.py gpt2-medium
 torchrun --standalone --nproc-per-node 4 tests/benchmarks/memory.py gpt2-xl --backward-only
 

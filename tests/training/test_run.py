@@ -413,7 +413,7 @@ def make_nan(model: GPT2Model, bad_step: int) -> None:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    return sorted(int(path.name.split("-")[0]) for path in folder.glob("*.safetensors"))
+    return sorted(int(path.name.split("-")[0]) for path in folder.glob("*-*"))
 
 
 def untimed(history: History) -> History:

@@ -79,7 +79,7 @@ def describe_saved_trainings(lineage: Lineage) -> list[str]:
             files = [
                 f"another {name}" for name, sha256 in lineage["files"].items() if other["files"].get(name) != sha256
             ]
-            megabytes = sum(one.stat().st_size for one in file.parent.iterdir()) / 1e6
+            megabytes = sum(one.stat().st_size for one in file.parent.rglob("*") if one.is_file()) / 1e6
             changes = "; ".join(differences(other, present) + files) or "with other files"
             lines.append(f"{file.parent} keeps {megabytes:,.0f} MB of another training's checkpoints ({changes})")
     return lines

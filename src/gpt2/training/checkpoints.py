@@ -1,30 +1,33 @@
 """Checkpoints: what a training that was stopped or killed resumes from, kept apart from its results.
 
-A checkpoint is one safetensors file: the model, the optimizers, and notes in JSON. Its name tells its step and SHA-256.
+A checkpoint is a folder: the model and the optimizers as torch.distributed.checkpoint writes them, each process its
+part, and notes in JSON. Its name tells its step and SHA-256. Any number of processes can read it.
 """
 
+import hashlib
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from gpt2.core.errors import UserError
 from gpt2.core.files import delete, file_lock, publish, sha256_of
-from gpt2.training import distributed, parallel
+from gpt2.training import distributed
 
 KEPT = 2  # the newest may be found damaged
 FINISHED = "finished"  # the folder of the training that register has seen last
-NOTES = "notes"
+NOTES = "notes.json"
+BEST = "best/"  # before the names of the weights of the lowest validation loss
 Optimizers = Sequence[torch.optim.Optimizer]
-Weights = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 
 
 class Checkpoints:
@@ -46,7 +49,7 @@ class Checkpoints:
             yield
 
     def save(
-        self, step: int, model: nn.Module, optimizers: Optimizers, notes: dict[str, Any], best: Weights | None = None
+        self, step: int, model: nn.Module, optimizers: Optimizers, notes: dict[str, Any], best: Tensors | None = None
     ) -> None:
         """Write the checkpoint after `step` steps, with notes that JSON can hold; keep the last two and the shared one.
 
@@ -54,36 +57,41 @@ class Checkpoints:
         then.
         """
         written = self.folder / "partial"
-        tensors = _tensors(model, optimizers) | {f"best/{name}": weight for name, weight in (best or {}).items()}
-        if not distributed.is_first():
-            for tensor in tensors.values():
-                parallel.whole(tensor)
-            return
+        tensors = _tensors(model, optimizers) | {BEST + name: weight for name, weight in (best or {}).items()}
         try:
-            _write(tensors, written, {NOTES: json.dumps(notes)})
-            publish(written, self.folder / f"{step:010}-{sha256_of(written)}.safetensors")
+            with _dcp() as dcp:
+                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(written))
+            if not distributed.is_first():
+                return
+            (written / NOTES).write_text(json.dumps(notes), encoding="utf-8")
+            publish(written, self.folder / f"{step:010}-{_hash_of(written)}")
         except OSError as error:
-            delete(written)
+            if distributed.is_first():
+                delete(written)
             raise OSError(f"the checkpoint of step {step} cannot be saved ({error}); {self.last()}") from None
         for old in self._files()[KEPT:]:
             if old != self.shared():
                 delete(old)
 
     def restore(
-        self, model: nn.Module, optimizers: Optimizers, best: Weights | None = None
+        self, model: nn.Module, optimizers: Optimizers, best: Tensors | None = None
     ) -> tuple[int, dict[str, Any]] | None:
         """Load the newest whole checkpoint, its best weights into `best`; return its step and notes, or None.
 
         Damaged ones are deleted, with a warning, so that they do not take the place of good ones among those kept.
         """
-        path = self._newest_whole() if distributed.is_first() else None
-        with safe_open(path, framework="pt") if path else nullcontext() as file:
-            told = distributed.from_first(lambda: _describe(path, file) if path else None)
-            if told is None:
-                return None
-            step, notes, shapes = told
-            _load(shapes, file, model, optimizers, {} if best is None else best)
-            return step, notes
+        path = distributed.from_first(self._newest_whole)
+        if not (distributed.is_first() or self.folder.is_dir()):
+            raise UserError(f"{self.folder} is missing on another machine: all of a training's need to share a disk")
+        if path is None:
+            return None
+        with _dcp() as dcp:
+            reader = dcp.FileSystemReader(path)
+            tensors = _places(reader.read_metadata().state_dict_metadata, model, optimizers)
+            dcp.load(tensors, storage_reader=reader)
+        if best is not None:
+            best |= {name[len(BEST) :]: tensor.cpu() for name, tensor in tensors.items() if name.startswith(BEST)}
+        return _step_of(path), json.loads((path / NOTES).read_text(encoding="utf-8"))
 
     def last(self) -> str:
         """Say where the last checkpoint is."""
@@ -100,11 +108,14 @@ class Checkpoints:
         """Return the last checkpoint that a longer training has too, if there is one."""
         return next((path for path in self._files() if _step_of(path) <= self.shared_steps), None)
 
-    def go_on_from(self, checkpoint: Path) -> None:
+    def go_on_from(self, other: Path) -> None:
         """Take a checkpoint of another training that has the same first steps. Raises OSError."""
-        with suppress(FileNotFoundError):  # deleted meanwhile
-            shutil.copy(checkpoint, written := self.folder / "partial")
-            publish(written, self.folder / checkpoint.name)
+        try:
+            shutil.copytree(other, written := self.folder / "partial")
+            publish(written, self.folder / other.name)
+        except OSError:
+            if other.exists():  # not deleted meanwhile
+                raise
 
     def finish(self) -> None:
         """Keep the shared checkpoint alone, in place of that of the training that was finished before.
@@ -149,7 +160,7 @@ class Checkpoints:
 
     def _files(self) -> list[Path]:
         """All checkpoints, the newest first."""
-        return sorted(self.folder.glob("*-*.safetensors"), reverse=True)
+        return sorted(self.folder.glob("*-*"), reverse=True)
 
 
 def _tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
@@ -163,52 +174,51 @@ def _tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     return named
 
 
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write float32 tensors as safetensors, one at a time, since no process may have room for all. Raises OSError."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in tensors.items():
-        assert tensor.dtype == torch.float32
-        begin, end = end, end + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of their size
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(parallel.whole(tensor).cpu().contiguous().numpy().data)
-
-
-def _describe(path: Path, file: Any) -> tuple[int, dict[str, Any], dict[str, list[int]]]:
-    """Return the step, the notes and the shape of each tensor of an open checkpoint."""
-    shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # it is no dict
-    return _step_of(path), json.loads(file.metadata()[NOTES]), shapes
-
-
-def _load(shapes: dict[str, list[int]], file: Any, model: nn.Module, optimizers: Optimizers, best: Weights) -> None:
-    """Give all processes the tensors, one at a time, of the file that the first one has."""
-    parameters = dict(model.named_parameters())
+def _places(stored: dict[str, Any], model: nn.Module, optimizers: Optimizers) -> Tensors:
+    """Return tensors to read those of a checkpoint into: the model's own, and new ones, which the optimizers have."""
+    found, parameters = {}, dict(model.named_parameters())
     owners = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
-    for name, shape in shapes.items():
+    for name, metadata in stored.items():
         kind, parameter_name, *key = name.split("/")
         parameter = parameters[parameter_name]
-        tensor = parameter.data
+        found[name] = tensor = parameter.detach()
         if kind != "model":
-            is_alike = shape == list(parameter.shape)
-            tensor = torch.empty_like(tensor) if is_alike else torch.empty(shape, device=parameter.device)
-        parallel.fill(tensor, file.get_tensor(name) if file else None)
-        if kind == "best":
-            best[parameter_name] = tensor.cpu()
-        elif kind == "optimizer":
-            owners[id(parameter)].state[parameter][key[0]] = tensor
+            is_alike = metadata.size == tensor.shape
+            found[name] = torch.empty_like(tensor) if is_alike else torch.empty(metadata.size, device=tensor.device)
+        if kind == "optimizer":
+            owners[id(parameter)].state[parameter][key[0]] = found[name]
+    return found
+
+
+@contextmanager
+def _dcp() -> Iterator[Any]:
+    """Yield torch.distributed.checkpoint, an error of which in one process is raised in all, as it is.
+
+    It takes a second to import, unless an optimizer has done a step, which imports as much.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is a single process
+        try:
+            yield dcp
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
 
 
 def _step_of(path: Path) -> int:
-    return int(path.stem.split("-")[0])
+    return int(path.name.split("-")[0])
+
+
+def _hash_of(path: Path) -> str:
+    """Return a SHA-256 of the names and the contents of a checkpoint's files. Raises UserError."""
+    listed = [f"{file.name} {sha256_of(file)}" for file in sorted(path.iterdir())]
+    return hashlib.sha256("\n".join(listed).encode()).hexdigest()
 
 
 def _is_whole(path: Path) -> bool:
     try:
-        return sha256_of(path) == path.stem.split("-")[1]
-    except UserError:
+        return _hash_of(path) == path.name.split("-")[1]
+    except (OSError, UserError):
         return False
