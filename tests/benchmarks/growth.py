@@ -159,9 +159,9 @@ def print_tables(found: Costs) -> None:
         columns = [[f"{cost:.3g}" for cost in column] for column in zip(*costs.values(), strict=True)]
         slopes = [f"{slope:.2f}" for slope in exponents(costs)]
         print("|", " | ".join([name, *map(", ".join, [map(short, costs), *columns]), *slopes]), "|")
-    if costs := found.get(TEXTS):
+    if TEXTS in found:
         print(f"\n| {TEXTS} | tokens/s | GB |\n| --- | --- | --- |")
-        for count, (seconds, memory) in costs.items():
+        for count, (seconds, memory) in found[TEXTS].items():
             print(f"| {count} | {count * TOKENS / seconds:,.0f} | {memory:.2f} |")
 
 
