@@ -57,7 +57,7 @@ def model(name: str) -> Point:
 
 def context(length: str) -> Point:
     sequences = BATCH_TOKENS // int(length)
-    changes = {"sequence_length": int(length), "batch_size": sequences, "micro_batch_size": sequences // 2}
+    changes = {"sequence_length": int(length), "batch_size": sequences, "micro_batch_size": sequences}
     return {"context, tokens": int(length)}, train({"max_len": int(length)}, **changes)[1]
 
 

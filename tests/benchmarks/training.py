@@ -244,8 +244,10 @@ def compare(rounds: int, steps: int, precision: str, quick: bool) -> None:
         for name, found in results.items():
             found.append(in_a_process(name, "--steps", str(steps), "--precision", precision))
             print(f"  {name}: {batch_tokens / found[-1]['seconds']:,.0f} tokens/s", flush=True)
-    larger = str(2 * params.train.batch_size)
-    twice = in_a_process(best, "--precision", precision, "--batch-size", larger)
+    twice, four_times = (
+        in_a_process(best, "--precision", precision, "--batch-size", str(times * params.train.batch_size))["memory"]
+        for times in (2, 4)
+    )
 
     def median(name: str, key: str) -> float:
         return statistics.median(found[key] for found in results[name])
@@ -258,9 +260,9 @@ def compare(rounds: int, steps: int, precision: str, quick: bool) -> None:
             f"{median(best, 'memory') / median(name, 'memory'):>11.0%}"
         )
     rate = operations_per_token(params, int(results[best][0]["logits"])) * batch_tokens / median(best, "seconds")
-    growth = (twice["memory"] - median(best, "memory")) / batch_tokens * 1000
+    growth = (four_times - twice) / (2 * batch_tokens) * 1000
     print(f"{best}: {rate / 1e9:,.0f} GFLOP/s, {rate / median(best, 'matmul'):.0%} of a large matmul's")
-    print(f"{best}: {growth / 1e6:.1f} MB for each further 1,000 tokens in a step")
+    print(f"{best}: {twice / 1e9:.2f} GB with twice the batch; then {growth / 1e6:.1f} MB for each further 1,000 tokens")
     print(f"{best}: {median(best, 'reading'):.2%} of a step goes into reading data")
 
 

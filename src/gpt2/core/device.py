@@ -13,7 +13,7 @@ from joblib import cpu_count
 
 from gpt2.core.errors import UserError
 
-MICRO_BATCH_SIZE, GPU_MICRO_BATCH_SIZE = 4, 32  # sequences: few enough for a processor's cache, enough to fill a GPU
+MICRO_BATCH_SIZE, GPU_MICRO_BATCH_SIZE = 8, 32  # sequences: on a CPU for little memory, on a GPU enough to fill it
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes
 ALIGNED_COLUMNS = 64  # matrices whose rows begin at multiples of this are multiplied up to twice as fast
 
