@@ -262,7 +262,7 @@ def compare(rounds: int, steps: int, precision: str, quick: bool) -> None:
     rate = operations_per_token(params, int(results[best][0]["logits"])) * batch_tokens / median(best, "seconds")
     growth = (four_times - twice) / (2 * batch_tokens) * 1000
     print(f"{best}: {rate / 1e9:,.0f} GFLOP/s, {rate / median(best, 'matmul'):.0%} of a large matmul's")
-    print(f"{best}: {twice / 1e9:.2f} GB with twice the batch; then {growth / 1e6:.1f} MB for each further 1,000 tokens")
+    print(f"{best}: {twice / 1e9:.2f} GB with twice the batch, then {growth / 1e6:.1f} MB for 1,000 more tokens")
     print(f"{best}: {median(best, 'reading'):.2%} of a step goes into reading data")
 
 
