@@ -162,8 +162,9 @@ def test_a_training_goes_on_from_the_last_checkpoint_that_another_shares_with_it
     for max_steps, steps in ((80, (20, 40, 60)), (160, (40, 60, 100))):  # they share 40 and 80 steps
         folder = lineage.checkpoint_folder(collected(max_steps=max_steps)["train_key"])
         for step in steps:
-            paths[max_steps, step] = folder / f"{step:010}-{'0' * 64}.safetensors"
-            paths[max_steps, step].touch()
+            paths[max_steps, step] = folder / f"{step:010}-{'0' * 64}"
+            paths[max_steps, step].mkdir()
+            (paths[max_steps, step] / "__0_0.distcp").write_bytes(bytes(10**6))
     assert found(max_steps=320, checkpoint_interval=7) == found(max_steps=200) == paths[160, 60]
     assert found(max_steps=160) == paths[80, 40]  # not its own
     assert found(max_steps=80, decay_fraction=0.75) == paths[80, 20]
@@ -171,7 +172,7 @@ def test_a_training_goes_on_from_the_last_checkpoint_that_another_shares_with_it
     finished = paths[80, 40].parent.rename(checkout / ".cache/train/finished")
     assert found(max_steps=160) == finished / paths[80, 40].name and found(max_steps=80) == paths[160, 40]
     (line,) = describe_saved_trainings(collect_lineage(params(max_steps=80), threads=1))
-    assert line.startswith(str(paths[160, 40].parent)) and line.endswith("(train.max_steps 160, not 80)")
+    assert line.startswith(f"{paths[160, 40].parent} keeps 3 MB") and line.endswith("(train.max_steps 160, not 80)")
     for changes in ({"learning_rate": 0.1}, {"warmup_steps": 6}, {"keep": "best"}, {"patience": 1}):
         assert found(max_steps=320, **changes) is None
     with (checkout / "src/gpt2/training/loss.py").open("a") as file:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from gpt2.config import TrainParams
 from gpt2.model.gpt2 import GPT2Model
-from gpt2.training import distributed
+from gpt2.training import dcp, distributed
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.optimizers import build_optimizers
 
@@ -136,6 +136,8 @@ def test_warning_names_the_damaged_checkpoint(
     two_checkpoints: Path, trained: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = newest(two_checkpoints)
+    (path / ".DS_Store").touch()  # is none of the checkpoint's files
+    assert Checkpoints(two_checkpoints).restore(*trained(0)) == (2, {})
     (path / "notes.json").unlink()
     Checkpoints(two_checkpoints).restore(*trained(0))
     assert capsys.readouterr().err == f"warning: {path} is damaged; it is skipped and deleted\n"
@@ -154,12 +156,24 @@ def test_damaged_checkpoints_do_not_take_the_place_of_good_ones(two_checkpoints:
 def test_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last(
     two_checkpoints: Path, trained: Train, full_disk: FullDisk
 ) -> None:
-    before = sorted(two_checkpoints.iterdir())
+    before, large = sorted(two_checkpoints.iterdir()), torch.nn.Linear(300, 300)
     message = "checkpoint of step 3 cannot be saved .*too large.*the last good checkpoint is that of step 2, in"
     for most_bytes in (1000, max(file.stat().st_size for file in newest(two_checkpoints).iterdir()) - 1):
         with pytest.raises(OSError, match=message), full_disk(most_bytes):
             Checkpoints(two_checkpoints).save(3, *trained(3), {})
+    with pytest.raises(OSError, match=message), full_disk(100_000):  # in the midst of a tensor
+        Checkpoints(two_checkpoints).save(3, large, [], {})
     assert sorted(two_checkpoints.iterdir()) == before
+    assert Checkpoints(two_checkpoints).restore(*trained(0)) == (2, {})
+
+
+def test_checkpoint_whose_parts_lie_on_several_disks_is_refused(
+    two_checkpoints: Path, trained: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = dcp.write
+    monkeypatch.setattr(dcp, "write", lambda *given: write(*given) | {"__1_0.distcp"})
+    with pytest.raises(OSError, match=r"step 3 cannot be saved .*need to share a disk"):
+        Checkpoints(two_checkpoints).save(3, *trained(3), {})
     assert Checkpoints(two_checkpoints).restore(*trained(0)) == (2, {})
 
 

@@ -1,14 +1,13 @@
 """Checkpoints: what a training that was stopped or killed resumes from, kept apart from its results.
 
-A checkpoint is a folder: the model and the optimizers as torch.distributed.checkpoint writes them, each process its
-part, and notes in JSON. Its name tells its step and SHA-256. Any number of processes can read it.
+A checkpoint is a folder: the model and the optimizers as torch.distributed.checkpoint writes them (dcp.py), and notes
+in JSON. Its name tells its step and SHA-256. Any number of processes can read it.
 """
 
 import hashlib
 import json
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +24,6 @@ from gpt2.training import distributed
 KEPT = 2  # the newest may be found damaged
 FINISHED = "finished"  # the folder of the training that register has seen last
 NOTES = "notes.json"
-BEST = "best/"  # before the names of the weights of the lowest validation loss
 Optimizers = Sequence[torch.optim.Optimizer]
 Tensors = dict[str, Tensor]
 
@@ -56,16 +54,18 @@ class Checkpoints:
         `best` are the weights of the lowest validation loss, by name. Raises OSError; the checkpoints before are intact
         then.
         """
+        from gpt2.training import dcp
+
         written = self.folder / "partial"
-        tensors = _tensors(model, optimizers) | {BEST + name: weight for name, weight in (best or {}).items()}
         try:
-            with _dcp() as dcp:
-                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(written))
+            names = dcp.write(written, model, optimizers, best or {})
             if not distributed.is_first():
                 return
+            if names - {file.name for file in written.iterdir()}:
+                raise OSError("parts of it are elsewhere: all machines of a training need to share a disk")
             (written / NOTES).write_text(json.dumps(notes), encoding="utf-8")
             publish(written, self.folder / f"{step:010}-{_hash_of(written)}")
-        except OSError as error:
+        except (OSError, UserError) as error:
             if distributed.is_first():
                 delete(written)
             raise OSError(f"the checkpoint of step {step} cannot be saved ({error}); {self.last()}") from None
@@ -85,12 +85,11 @@ class Checkpoints:
             raise UserError(f"{self.folder} is missing on another machine: all of a training's need to share a disk")
         if path is None:
             return None
-        with _dcp() as dcp:
-            reader = dcp.FileSystemReader(path)
-            tensors = _places(reader.read_metadata().state_dict_metadata, model, optimizers)
-            dcp.load(tensors, storage_reader=reader)
+        from gpt2.training import dcp
+
+        read = dcp.read(path, model, optimizers)
         if best is not None:
-            best |= {name[len(BEST) :]: tensor.cpu() for name, tensor in tensors.items() if name.startswith(BEST)}
+            best |= read
         return _step_of(path), json.loads((path / NOTES).read_text(encoding="utf-8"))
 
     def last(self) -> str:
@@ -110,10 +109,12 @@ class Checkpoints:
 
     def go_on_from(self, other: Path) -> None:
         """Take a checkpoint of another training that has the same first steps. Raises OSError."""
+        written = self.folder / "partial"
         try:
-            shutil.copytree(other, written := self.folder / "partial")
+            shutil.copytree(other, written)
             publish(written, self.folder / other.name)
         except OSError:
+            delete(written)
             if other.exists():  # not deleted meanwhile
                 raise
 
@@ -163,62 +164,19 @@ class Checkpoints:
         return sorted(self.folder.glob("*-*"), reverse=True)
 
 
-def _tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Return all tensors that a step changes by the names of their parameters, tied weights once."""
-    named: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        named[f"model/{name}"] = parameter
-        for optimizer in optimizers:
-            for key, tensor in optimizer.state.get(parameter, {}).items():
-                named[f"optimizer/{name}/{key}"] = tensor
-    return named
-
-
-def _places(stored: dict[str, Any], model: nn.Module, optimizers: Optimizers) -> Tensors:
-    """Return tensors to read those of a checkpoint into: the model's own, and new ones, which the optimizers have."""
-    found, parameters = {}, dict(model.named_parameters())
-    owners = {id(p): one for one in optimizers for group in one.param_groups for p in group["params"]}
-    for name, metadata in stored.items():
-        kind, parameter_name, *key = name.split("/")
-        parameter = parameters[parameter_name]
-        found[name] = tensor = parameter.detach()
-        if kind != "model":
-            is_alike = metadata.size == tensor.shape
-            found[name] = torch.empty_like(tensor) if is_alike else torch.empty(metadata.size, device=tensor.device)
-        if kind == "optimizer":
-            owners[id(parameter)].state[parameter][key[0]] = found[name]
-    return found
-
-
-@contextmanager
-def _dcp() -> Iterator[Any]:
-    """Yield torch.distributed.checkpoint, an error of which in one process is raised in all, as it is.
-
-    It takes a second to import, unless an optimizer has done a step, which imports as much.
-    """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is a single process
-        try:
-            yield dcp
-        except CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from None
-
-
 def _step_of(path: Path) -> int:
     return int(path.name.split("-")[0])
 
 
 def _hash_of(path: Path) -> str:
     """Return a SHA-256 of the names and the contents of a checkpoint's files. Raises UserError."""
-    listed = [f"{file.name} {sha256_of(file)}" for file in sorted(path.iterdir())]
+    files = [path / NOTES, path / ".metadata", *sorted(path.glob("*.distcp"))]  # a file manager may add others
+    listed = [f"{file.name} {sha256_of(file)}" for file in files]
     return hashlib.sha256("\n".join(listed).encode()).hexdigest()
 
 
 def _is_whole(path: Path) -> bool:
     try:
         return _hash_of(path) == path.name.split("-")[1]
-    except (OSError, UserError):
+    except UserError:
         return False
