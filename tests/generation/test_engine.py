@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gpt2.data.tokenizer import VOCAB_SIZE, gpt2_tokenizer
+from gpt2.generation import engine
+from gpt2.generation.decoder import Decoder
 from gpt2.generation.engine import Engine, GenerationSettings, Request
 from gpt2.generation.linear import Quantization
 from gpt2.generation.sampling import draw
@@ -83,6 +86,23 @@ def test_texts_may_come_while_others_are_written(model: GPT2Model) -> None:
     alone = text_of("Two", seed=2)
     Engine(model, 16).generate_all([alone])
     assert late.tokens == alone.tokens
+
+
+def test_texts_at_work_wait_for_few_prompts_at_once(model: GPT2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 10)
+    prefill, read = Decoder.prefill, []
+
+    def noted(decoder: Decoder, texts: dict[int, list[int]]) -> Tensor:
+        read.append([len(text) for text in texts.values()])
+        return prefill(decoder, texts)
+
+    monkeypatch.setattr(Decoder, "prefill", noted)
+    lengths = (1, 3, 4, 2, 20, 1, 1)  # of which the model sees 8 at most
+    texts = [text_of(" war" * length, max_tokens=4, seed=length) for length in lengths]
+    expected = [written_by_hand(model, text) for text in texts]
+    Engine(model, 5).generate_all(texts)
+    assert read == [[1, 3], [4, 2], [8], [4], [1, 1]]  # at most 10 places, in five slots; the full context is halved
+    assert [text.tokens[length:] for text, length in zip(texts, lengths, strict=True)] == expected
 
 
 def test_a_writer_writes_again_after_it_was_stopped(model: GPT2Model) -> None:

@@ -24,6 +24,9 @@ from gpt2.generation.sampling import draw, score
 from gpt2.model.gpt2 import GPT2Model
 
 MAX_SLOTS = 16  # texts written at once
+PREFILL_TOKENS = (
+    512  # of prompts that are read at once, so that the texts at work do not wait long; a longer one is alone
+)
 
 
 class GenerationSettings(SamplingParams):
@@ -129,13 +132,18 @@ class Engine:
         """
         running: list[Request] = []  # in the first slots
         while waiting or running:
+            new = longest = 0
             while waiting and len(running) < self._decoder.slots:
+                longest = max(longest, min(len(waiting[0].tokens), self.max_len))
+                if new and (new + 1) * longest > PREFILL_TOKENS:
+                    break
                 request = waiting.popleft()
                 if request.cancelled:
                     request.finished = True
                     yield request, ""
                 else:
                     running.append(request)
+                    new += 1
             if not running:
                 continue
             for request, logits in zip(running, self._next_logits(running), strict=True):
