@@ -3,6 +3,7 @@
 python tests/benchmarks/generation.py           1 and 16 texts, by each program and kind of weights
                                                 (on a GPU with --device cuda: in float32 alone)
 python tests/benchmarks/generation.py --prefill the first token after a prompt of PREFILL tokens: milliseconds
+python tests/benchmarks/generation.py --waits   the longest that a text waits for its next token while prompts come
 python tests/benchmarks/generation.py --start   python src/infer.py for one token, beside import torch and the reading
 python tests/benchmarks/generation.py --quality what rounded weights cost: the loss on the test split
 python tests/benchmarks/generation.py --serve   16 clients of `mlflow models serve` for a minute
@@ -44,6 +45,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 PROMPT, TOKENS, TEXTS = "The state of the union", 100, (1, 16)
 PREFILL = 500
+SHORT, LONG = 4, 12  # texts at work, and prompts of PREFILL tokens that come meanwhile
 MODEL = ROOT / "data" / "model"
 CLIENTS, CLIENT_TOKENS, PORT = 16, 50, 52440
 THREADS = cpu_count()
@@ -244,6 +246,34 @@ def compare(rounds: int, greedy: bool, device: str, quick: bool, prefill: bool) 
             print(f"{texts:3} texts, {contender:24}{rate} (time {spread}){peer / median:8.2f} x {base}", flush=True)
 
 
+def waits(rounds: int) -> None:
+    """Print the milliseconds between two tokens of SHORT texts, alone and while LONG prompts of PREFILL tokens come."""
+    from gpt2.data.tokenizer import gpt2_tokenizer
+    from gpt2.generation.engine import Engine, GenerationSettings, Request
+
+    print_circumstances(THREADS)
+    engine = Engine(random_model(), SHORT + LONG)
+    short, long = (GenerationSettings(max_tokens=tokens, seed=1) for tokens in (TOKENS, TOKENS // 4))
+    for coming in (0, LONG):
+        seconds: list[float] = []
+        for _ in range(rounds):
+            waiting = deque(Request(PROMPT, short, gpt2_tokenizer()) for _ in range(SHORT))
+            first = waiting[0]
+            began = time.perf_counter()
+            for request, _ in engine.generate(waiting):
+                if request is first:
+                    now = time.perf_counter()
+                    seconds.append(now - began)
+                    began = now
+                    if first.generated == TOKENS // 4:
+                        prompt = " ".join(["union"] * PREFILL)
+                        waiting.extend(Request(prompt, long, gpt2_tokenizer()) for _ in range(coming))
+                if first.finished:
+                    break
+        median, longest = statistics.median(seconds) * 1000, max(seconds) * 1000
+        print(f"{coming:3} prompts come: {median:.1f} ms between two tokens, at most {longest:.1f}")
+
+
 def start(rounds: int) -> None:
     """Print the seconds until one token is written, beside those of importing torch and reading the weights."""
     print_circumstances(THREADS)
@@ -369,7 +399,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--greedy", action="store_true")
     parser.add_argument("--device", default="cpu", help="of the first two: cpu or cuda")
-    for name in ("--prefill", "--start", "--quality", "--serve"):
+    for name in ("--prefill", "--waits", "--start", "--quality", "--serve"):
         parser.add_argument(name, action="store_true")
     for name, kind in {"--contender": str, "--texts": int, "--tokens": int, "--prompt": str}.items():
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
@@ -377,6 +407,8 @@ def main() -> None:
     rounds = given.rounds or (1 if given.quick else 5)
     if given.contender:
         print(measure(given.contender, given.texts, given.tokens, given.prompt, given.greedy, given.device))
+    elif given.waits:
+        waits(rounds)
     elif given.start:
         start(rounds)
     elif given.quality:

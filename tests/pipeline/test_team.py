@@ -88,7 +88,7 @@ def team(environment: dict[str, str]) -> Iterator[dict[str, str]]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with running(command, Path.cwd(), environment, address, "moto-api/data.json"):
         server = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}"}
-        yield environment | keys | server | {"AWS_ENDPOINT_URL": address}
+        yield environment | keys | server | {"AWS_ENDPOINT_URL": address, "AWS_MAX_ATTEMPTS": "1"}
 
 
 @pytest.fixture(scope="module")
