@@ -35,6 +35,8 @@ from peers import ROOT, model_config, print_circumstances
 
 sys.path.insert(0, str(ROOT / "src"))
 
+from gpt2.core.environment import OPENMP_DEFAULTS
+
 STEPS = 2  # timed in a training, after one for warming up
 BATCH_TOKENS = 4096  # in a step, for every context
 PROMPT, TOKENS = 32, 100  # of a text
@@ -202,7 +204,7 @@ def main() -> None:
         print(json.dumps(MEASURES[measure](value)))
         return
     print_circumstances(cpu_count())
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py and serve.py
+    os.environ.update(OPENMP_DEFAULTS | os.environ)  # as in train.py and serve.py
     found: Costs = {}
     parts = PARTS if "all" in given.parts else given.parts
     for measure, values in itertools.chain.from_iterable(PARTS[part] for part in parts):

@@ -25,6 +25,8 @@ from peers import ROOT, print_circumstances
 
 sys.path.insert(0, str(ROOT / "src"))
 
+from gpt2.core.environment import OPENMP_DEFAULTS
+
 PROMPT, TOKENS = "The state of the union", 50
 SETTINGS: dict[str, Any] = {"temperature": 0.7, "top_k": 40, "max_tokens": TOKENS}
 
@@ -113,7 +115,7 @@ def main() -> None:
         bare(arguments.model, arguments.clients, arguments.seconds)
         return
     print_circumstances(os.cpu_count() or 1)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in serve.py
+    os.environ.update(OPENMP_DEFAULTS | os.environ)  # as in serve.py
     command = [sys.executable, __file__, "--bare", "--model", arguments.model, "--clients", str(arguments.clients)]
 
     def alone() -> list[float]:

@@ -10,5 +10,5 @@ MLFLOW_DEFAULTS = {
     "PGCONNECT_TIMEOUT": "30",
 }
 
-# OpenMP's idle threads sleep then. By default they spin, so that two trainings on the same cores take twice as long.
-OPENMP_DEFAULTS = {"OMP_WAIT_POLICY": "passive"}
+# OpenMP's idle threads soon sleep then. By default they spin, so that two trainings on the same cores hardly go on.
+OPENMP_DEFAULTS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
