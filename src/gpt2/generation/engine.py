@@ -24,9 +24,7 @@ from gpt2.generation.sampling import draw, score
 from gpt2.model.gpt2 import GPT2Model
 
 MAX_SLOTS = 16  # texts written at once
-PREFILL_TOKENS = (
-    512  # of prompts that are read at once, so that the texts at work do not wait long; a longer one is alone
-)
+PREFILL_TOKENS = 512  # of prompts read at once, so that the texts at work wait little; a longer prompt comes alone
 
 
 class GenerationSettings(SamplingParams):
