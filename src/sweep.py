@@ -135,7 +135,7 @@ def run_experiment(name: str, values: sweeps.Values, log: Path, parent: str) -> 
     """Start an experiment of DVC in a folder of its own, in the background; return its process."""
     settings = [f"-S{key}={json.dumps(value)}" for key, value in values.items()]
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "-n", name, *settings, "train"]
-    environment = os.environ | {"MLFLOW_RUN_CONTEXT": json.dumps({"mlflow.parentRunId": parent})}
+    environment = os.environ | sweeps.as_child_of(parent)
     with log.open("w") as file:
         return psutil.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, process_group=0)
 

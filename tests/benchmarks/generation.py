@@ -39,7 +39,7 @@ from typing import Any
 
 from joblib import cpu_count
 
-from peers import ROOT, model_config, print_circumstances, transformers_model
+from peers import ROOT, model_config, print_circumstances, run, transformers_model
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -384,13 +384,6 @@ def serve(seconds: float) -> None:
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
-
-
-def run(*command: str) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return done.stdout
 
 
 def main() -> None:

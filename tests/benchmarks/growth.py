@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 from joblib import cpu_count
 
-from peers import ROOT, model_config, print_circumstances
+from peers import ROOT, model_config, print_circumstances, run
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -107,7 +106,7 @@ def corpus(megabytes: str) -> Point:
         file = Path(folder, name)
         with file.open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps({"text": row}) + "\n" for row in pieces(text, ROWS[name], size * 10**6))
-        rate, _, peak = map(float, run("preparation.py", "--measure", "prepare", str(file)).split())
+        rate, _, peak = map(float, last_line("preparation.py", "--measure", "prepare", str(file)).split())
     return {"corpus, MB": size}, (size / rate, peak / 1e3)
 
 
@@ -135,13 +134,9 @@ PARTS: dict[str, list[tuple[Callable[[str], Point], tuple[object, ...]]]] = {
 MEASURES = {measure.__name__: measure for growths in PARTS.values() for measure, _ in growths}
 
 
-def run(script: str, *arguments: str) -> str:
+def last_line(script: str, *arguments: str) -> str:
     """Return the last line that a script of this folder prints."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return done.stdout.splitlines()[-1]
+    return run(sys.executable, str(Path(__file__).with_name(script)), *arguments).splitlines()[-1]
 
 
 def exponents(costs: dict[float, Cost]) -> list[float]:
@@ -211,7 +206,7 @@ def main() -> None:
         for value in values:
             if given.quick and value == CORPORA[-1]:
                 continue
-            sizes, cost = json.loads(run("growth.py", "--point", measure.__name__, str(value)))
+            sizes, cost = json.loads(last_line("growth.py", "--point", measure.__name__, str(value)))
             print(f"  {measure.__name__} {value}: {cost[0]:.3g} s, {cost[1]:.3g} GB", flush=True)
             for name, size in sizes.items():
                 found.setdefault(name, {})[size] = cost

@@ -1,7 +1,8 @@
-"""What the benchmarks share: the peer, and the circumstances that they print. It loads PyTorch only when called."""
+"""What the benchmarks share: the peer, processes, and the circumstances that they print. PyTorch loads when needed."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -48,6 +49,14 @@ def transformers_model(params: Params, **changes: Any) -> nn.Module:
     torch.manual_seed(params.train.seed)
     model: nn.Module = GPT2LMHeadModel(config)
     return model
+
+
+def run(*command: str, **environment: str) -> str:
+    """Return what a command prints, with these variables too. It ends this process if the command fails."""
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return done.stdout
 
 
 def print_circumstances(threads: int) -> None:

@@ -14,10 +14,8 @@ meanwhile. --quick takes one round of the peers that are tuned and not compiled.
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from peers import ROOT, model_config, print_circumstances, transformers_model
+from peers import ROOT, model_config, print_circumstances, run, transformers_model
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -222,10 +220,7 @@ def prepare(precision: str, **changes: Any) -> tuple[Params, torch.device, torch
 def in_a_process(contender: str, *arguments: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--contender", contender, *arguments]
     environment = KEEP_MEMORY if contender in PEERS and "as it comes" not in contender else {}
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run(*command, **environment).splitlines()[-1])
 
 
 def compare(rounds: int, steps: int, precision: str, quick: bool) -> None:

@@ -11,4 +11,5 @@ MLFLOW_DEFAULTS = {
 }
 
 # OpenMP's idle threads soon sleep then. By default they spin, so that two trainings on the same cores hardly go on.
+# (GNU's OpenMP takes GOMP_SPINCOUNT before OMP_WAIT_POLICY; another OpenMP knows the second alone.)
 OPENMP_DEFAULTS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}

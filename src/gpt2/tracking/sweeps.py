@@ -139,6 +139,11 @@ def open_parent(study: Study) -> str:
     return run_id
 
 
+def as_child_of(parent: str) -> dict[str, str]:
+    """Return the variables that make the runs of a process children of the search's run."""
+    return {"MLFLOW_RUN_CONTEXT": json.dumps({MLFLOW_PARENT_RUN_ID: parent})}
+
+
 def stop_parent(run_id: str) -> None:
     """Write down that the search has been interrupted. Raises one of STORE_ERRORS."""
     mlflow.MlflowClient().set_terminated(run_id, "KILLED")
