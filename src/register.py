@@ -19,7 +19,7 @@ from gpt2.model.weights import read_config, short_name
 from gpt2.tracking.card import describe, read_card
 from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, choose_champion, promote
 from gpt2.tracking.lineage import HOW_TO_COMPUTE, Lineage, checkpoint_folder, differences
-from gpt2.tracking.logged_models import MODEL_SHA256
+from gpt2.tracking.local_registry import MODEL_SHA256
 from gpt2.tracking.provenance import provenance
 from gpt2.tracking.registry import TEST_LOSS, register, unchanged_parent, uri_of, verify
 from gpt2.tracking.runs import lineage_tags, mirror_run

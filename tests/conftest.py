@@ -196,16 +196,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The root of a checkout with an empty MLflow store, which tracking takes for its own."""
     import mlflow
 
-    from gpt2.tracking import runs, store
+    from gpt2.tracking import local_registry, runs, store
 
     root = tmp_path_factory.mktemp("checkout")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("DVC_EXP_NAME", raising=False)
-        patch.setattr(store, "main_root", lambda: root)
+        for module in (store, local_registry):
+            patch.setattr(module, "main_root", lambda: root)
         patch.setattr(store, "ROOT", root)
-        for module in (store, runs):
-            patch.setattr(module, "RECEIPT", root / "mlartifacts" / "receipt.json")
+        for writer in (store, runs):
+            patch.setattr(writer, "RECEIPT", root / "mlartifacts" / "receipt.json")
         yield root
         mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # back to the default
 

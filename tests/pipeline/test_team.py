@@ -25,7 +25,7 @@ import yaml
 from mlflow import MlflowClient
 from sqlalchemy import create_engine, text
 
-from gpt2.tracking.logged_models import MODEL_SHA256
+from gpt2.tracking.local_registry import MODEL_SHA256
 from pipeline.helpers import (
     COMMIT_RESULTS,
     STAGES,

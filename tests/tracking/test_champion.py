@@ -21,7 +21,7 @@ from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import save_model
 from gpt2.tracking import champion
 from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, VERDICT, choose_champion, promote
-from gpt2.tracking.logged_models import MODEL_SHA256
+from gpt2.tracking.local_registry import MODEL_SHA256
 from gpt2.tracking.registry import TEST_LOSS, fetch_model, unchanged_parent
 from gpt2.tracking.runs import PARENT, PARENT_SHA256
 from gpt2.tracking.store import open_store

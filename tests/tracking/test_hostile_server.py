@@ -17,7 +17,7 @@ from gpt2.core.files import write_json
 from gpt2.model.weights import read_config
 from gpt2.tracking import registry, store
 from gpt2.tracking.champion import STRIDE, VAL_LOSS
-from gpt2.tracking.logged_models import MODEL_SHA256
+from gpt2.tracking.local_registry import MODEL_SHA256
 from gpt2.tracking.provenance import provenance
 from gpt2.tracking.registry import RUN_ID, TEST_LOSS, fetch_model
 from gpt2.tracking.runs import ENVIRONMENT, THREADS

@@ -17,7 +17,8 @@ from gpt2.model.weights import save_model
 from gpt2.tracking import registry
 from gpt2.tracking import store as stores
 from gpt2.tracking.card import Card, describe
-from gpt2.tracking.logged_models import MODEL_SHA256, SIGNATURE
+from gpt2.tracking.local_registry import MODEL_SHA256, find_model
+from gpt2.tracking.logged_models import SIGNATURE
 from gpt2.tracking.named_models import load_parent
 from gpt2.tracking.provenance import reproduction
 from gpt2.tracking.registry import PROJECT_VERSION, RUN_ID, TEST_LOSS, fetch_model, logged_model_of
@@ -148,8 +149,18 @@ def test_a_version_and_its_logged_model_show_the_results_of_the_run(
     assert fetch_model(f"runs:/{run.info.run_id}/model") == fetch_model("models:/shown/1")
     # A training may start from it, under a name that stays its own.
     client.set_registered_model_alias("shown", "best", "1")
+    # Without MLflow it is found at the same place, while it is there.
+    for uri in ("models:/shown/1", "models:/shown@best"):
+        folder = fetch_model(uri)
+        assert find_model(uri) is None  # MLflow has set the variable of another store, as far as one can tell
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        assert find_model(uri) == folder
+    for uri in ("models:/shown/2", "models:/shown@worst", "models:/other/1", "models:/shown/latest", "models:/shown"):
+        assert find_model(uri) is None
     for name in (f"runs:/{run.info.run_id}/model", "models:/shown/1"):
         assert load_parent(name).sha256 == digest
     for name in ("models:/shown@best", "models:/shown/latest"):
         line = error_line(partial(load_parent, name))
         assert line == f"error: train.init_from {name} may name another version tomorrow: write models:/shown/1\n"
+    client.delete_model_version("shown", "1")  # its row stays, with its place
+    assert find_model("models:/shown/1") is find_model("models:/shown@best") is None

@@ -77,7 +77,7 @@ import pandas as pd
 from mlflow.data.pandas_dataset import from_pandas
 from gpt2.tracking import registry
 from gpt2.tracking.champion import STRIDE, VAL_LOSS, promote
-from gpt2.tracking.logged_models import MODEL_SHA256
+from gpt2.tracking.local_registry import MODEL_SHA256
 from gpt2.tracking.runs import ENVIRONMENT, THREADS
 registry.MODEL, registry.PARAMS = root / "model", root / "params.yaml"
 registry.LINEAGE, registry.DOCUMENTS = root / "lineage.json", root / "documents.csv"
@@ -181,6 +181,28 @@ print(len(model.predict([{{"prompt": "The war"}}], params={{"max_tokens": 3}})))
     assert all(path.startswith(f"{registered.as_uri()}/mlartifacts") for path in paths_in(registered))
 
 
+LOADED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from gpt2.tracking.named_models import load_named
+print(load_named("models:/gpt2@champion").path, "mlflow" in sys.modules)
+"""
+
+
+def loaded(root: Path) -> list[str]:
+    """Load the champion of a checkout; return the place of its files, and whether MLflow was needed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    program = [sys.executable, "-B", "-c", LOADED, str(root / "src")]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.rsplit(maxsplit=1)
+
+
+@pytest.mark.slow
+def test_the_champion_is_loaded_without_mlflow(registered: Path) -> None:
+    place, needed = loaded(registered)
+    assert Path(place).is_relative_to(registered / "mlartifacts") and needed == "False"
+
+
 @pytest.mark.slow
 def test_a_moved_store_is_read_without_writing(registered: Path, tmp_path: Path) -> None:
     """The old place is still there, as it is for a copy, or a folder that a container sees under another path."""
@@ -190,6 +212,8 @@ def test_a_moved_store_is_read_without_writing(registered: Path, tmp_path: Path)
     assert folder.is_relative_to(moved) and str(moved) in verified and "corpus" in shown
     written = command(moved, "infer.py --prompt Roses --max_tokens 2 --device cpu")
     assert written.startswith("Roses")
+    place, needed = loaded(moved)
+    assert place == str(folder) and needed == "True"
     assert contents(moved) == before
 
 

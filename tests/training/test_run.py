@@ -639,6 +639,8 @@ def test_weights_are_logged_at_the_due_steps_and_those_of_a_resumed_training_ali
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU takes a C++ compiler")
 def test_compiled_blocks_train_alike(run: Callable[..., Any], make_model: MakeModel) -> None:
-    (compiled, found, _), (plain, expected, _) = (run(make_model(), compile=choice) for choice in (True, False))
-    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
-    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for dropout, tolerance in ((0.0, 1e-4), (0.2, 0.05)):  # whose draws are others when compiled
+        choices = (True, False)
+        (compiled, found, _), (plain, expected, _) = (run(make_model(dropout=dropout), compile=one) for one in choices)
+        assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=tolerance)
+        assert compiled.state_dict().keys() == plain.state_dict().keys()

@@ -20,7 +20,7 @@ from gpt2.data.batches import load_tokens
 from gpt2.data.tokenizer import load_tokenizer
 from gpt2.evaluation.perplexity import mean_loss, summarize
 from gpt2.model.weights import load_model
-from gpt2.tracking.logged_models import MODEL_SHA256
+from gpt2.tracking.local_registry import MODEL_SHA256
 from gpt2.tracking.registry import DOCUMENTS, NOT_THERE, artifacts_folder, fetch_model, find_version, is_lost
 from gpt2.tracking.runs import PARENT, PARENT_SHA256
 from gpt2.tracking.store import STORE_ERRORS, open_store, store_lock

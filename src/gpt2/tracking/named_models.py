@@ -14,6 +14,7 @@ from gpt2.data.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 from gpt2.export.tokenizer import vocabulary_of
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import CONFIG, load_model, weights_sha256
+from gpt2.tracking.local_registry import find_model
 
 
 class NamedModel(NamedTuple):
@@ -39,10 +40,7 @@ def load_named(name: str) -> NamedModel:
     """Load the model that a path, models:/, runs:/ or hf: names. Raises UserError."""
     path = Path(name)
     if name.startswith(("models:", "runs:")):
-        os.environ.update(MLFLOW_DEFAULTS | os.environ)
-        from gpt2.tracking.registry import fetch_model  # MLflow takes as long to import as PyTorch
-
-        path = fetch_model(name)
+        path = find_model(name) or _ask_mlflow(name)
     elif name.startswith("hf:") or _is_huggingface_folder(path):
         from gpt2.model.huggingface import TOKENIZER, load_huggingface
 
@@ -50,6 +48,13 @@ def load_named(name: str) -> NamedModel:
         _check_tokenizer(named.path, TOKENIZER)
         return named
     return NamedModel(path, *load_model(path))
+
+
+def _ask_mlflow(uri: str) -> Path:
+    os.environ.update(MLFLOW_DEFAULTS | os.environ)
+    from gpt2.tracking.registry import fetch_model  # MLflow takes as long to import as PyTorch
+
+    return fetch_model(uri)
 
 
 def load_parent(name: str) -> NamedModel:

@@ -15,7 +15,7 @@ from gpt2.core.paths import LINEAGE, PARAMS
 from gpt2.evaluation.perplexity import perplexity
 from gpt2.tracking.champion import STRIDE, VAL_LOSS, VERDICT
 from gpt2.tracking.lineage import Lineage
-from gpt2.tracking.logged_models import MODEL_SHA256
+from gpt2.tracking.local_registry import MODEL_SHA256
 from gpt2.tracking.registry import NOT_THERE, RUN_ID, TEST_LOSS, artifacts_folder, open_version, uri_of
 from gpt2.tracking.runs import COMMIT, ENVIRONMENT, PARENT, PARENT_SHA256, THREADS, UNCOMMITTED
 

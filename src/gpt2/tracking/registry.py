@@ -19,7 +19,8 @@ from gpt2.core.errors import NoModelError, UserError
 from gpt2.core.files import atomic_write, file_lock
 from gpt2.core.paths import LINEAGE, MODEL, PARAMS, ROOT, TOKENS, main_root
 from gpt2.model.weights import WEIGHTS, load_model, read_config
-from gpt2.tracking.logged_models import EXAMPLE, MODEL_SHA256, NO_STEP, log_model, whole_models_of
+from gpt2.tracking.local_registry import MODEL_SHA256
+from gpt2.tracking.logged_models import EXAMPLE, NO_STEP, log_model, whole_models_of
 from gpt2.tracking.runs import PARENT_SHA256, SYSTEM_METRICS
 from gpt2.tracking.store import STORE_ERRORS, read_store, store_lock, withdraw_receipt
 from gpt2.training.history import CURVES

@@ -22,7 +22,8 @@ from gpt2.core.files import read_json, sha256_of
 from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, PLOTS, RECEIPT, REPORT, SAMPLES, TOKENS, experiment_name
 from gpt2.tracking.datasets import split_datasets
 from gpt2.tracking.lineage import Lineage, changes_since_commit, flatten, hash_of, run_key
-from gpt2.tracking.logged_models import MODEL_SHA256, log_checkpoint
+from gpt2.tracking.local_registry import MODEL_SHA256
+from gpt2.tracking.logged_models import log_checkpoint
 from gpt2.tracking.store import STORE_ERRORS, open_store
 from gpt2.training.history import CURVES, LogMetrics, read_curves
 

@@ -141,9 +141,12 @@ def initialize(model: GPT2Model, train_tokens: Tokens, seen_tokens: SeenTokens, 
 def use_fused_parts(model: GPT2Model, seen_tokens: SeenTokens, compiled: bool) -> None:
     """Replace the model's loss and attention by faster ones (loss.py, attention.py)."""
     model.loss = FusedCrossEntropy(seen_tokens, compiled)
+    attention = causal_attention
+    if compiled and seen_tokens.ids.device.type == "cpu":  # torch.compile fails on its dropout; a GPU has PyTorch's own
+        attention = torch.compiler.disable(causal_attention)
     for module in model.modules():
         if isinstance(module, MultiHeadAttention):
-            module.scaled_dot_product_attention = causal_attention
+            module.scaled_dot_product_attention = attention
 
 
 def checkpoint_activations(model: GPT2Model) -> None:
