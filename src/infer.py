@@ -9,7 +9,7 @@ import torch
 
 from gpt2.config import Device, ModelConfig, champion_uri
 from gpt2.core.cli import Parser, run_command
-from gpt2.core.device import autocast, choose_device, choose_precision
+from gpt2.core.device import autocast, choose_device, choose_precision, use_threads
 from gpt2.core.errors import UserError
 from gpt2.core.paths import PARAMS
 from gpt2.core.validation import check
@@ -104,6 +104,7 @@ def choose_device_for(name: str, quantize: Quantization) -> torch.device:
 
 def load(name: str, device: torch.device) -> tuple[NamedModel, Tokenizer]:
     """Load what load_named finds, onto the device, and tell of it. Raises UserError."""
+    use_threads("auto")
     named = load_named(name)
     tokenizer = named.tokenizer
     named.model.to(device)

@@ -42,7 +42,7 @@ POLL_SECONDS = 1
 TRAINED = (METRICS / "train.json").relative_to(ROOT)
 PROCESS = "process"  # attribute of a trial: the id of its process and when that began
 BUSY, BUSY_SECONDS = "Unable to acquire lock", 10  # DVC, while the user runs another command of its; try again then
-FAILED = r"train\.py, exited with (?!(130|143|-2|-15)\b)"  # DVC, unless Ctrl-C or SIGTERM has ended the training
+FAILED = r"train\.py, exited with (2|-9|137)\b"  # DVC: a training that told its error, or was killed for its memory
 
 
 @dataclass
@@ -100,7 +100,8 @@ def search(study: Study, params: Params, jobs: int) -> None:
     try:
         best = f"{study.study_name}-{study.best_trial.number}"
     except ValueError:
-        raise UserError(f"no trial is complete; see {sweeps.sweep_folder(study.study_name)}") from None
+        folder = sweeps.sweep_folder(study.study_name)
+        raise UserError(f"no trial is complete: see {folder}, and give the next search another sweep.name") from None
     print(f"`dvc exp apply {best}` takes its parameters and its model; then `dvc repro` measures and registers it")
 
 
@@ -216,7 +217,7 @@ def interrupt(*processes: psutil.Process | None) -> None:
     """Let experiments save their trainings and stop, and wait until they have."""
     begun = [one for one in processes if one]
     for one in begun:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):  # it has ended: macOS says the second of a zombie
             os.killpg(one.pid, signal.SIGINT)
     while not all(map(is_over, begun)):
         time.sleep(0.1)

@@ -197,12 +197,13 @@ def ending(pretend: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> Ending
     return use
 
 
+@pytest.mark.parametrize("stop", [130, 1])  # Ctrl-C, and a traceback: a fault of the code, not of the values
 def test_a_training_that_dies_is_one_trial_that_failed_and_one_that_was_stopped_is_taken_again(
-    params: Callable[..., Params], ending: Ending, error_line: ErrorLine, capsys: pytest.CaptureFixture[str]
+    params: Callable[..., Params], ending: Ending, error_line: ErrorLine, capsys: pytest.CaptureFixture[str], stop: int
 ) -> None:
     three = params(name="dies", trials=3)
     study = sweeps.open_study(three)
-    ending(*(f"ERROR: failed to run: {TRAINING}, exited with {code}" for code in (-9, 130)))
+    ending(*(f"ERROR: failed to run: {TRAINING}, exited with {code}" for code in (-9, stop)))
     told = error_line(lambda: sweep.search(study, three, jobs=1))
     assert "dies-1 was stopped: ERROR: " in told and "start again" in told and "another sweep.name" in told
     assert states(study) == ["FAIL", "RUNNING"]

@@ -1,4 +1,7 @@
-"""params.yaml as frozen, typed models: everything that is wrong with it is reported at once, before any work."""
+"""params.yaml as frozen, typed models: what is wrong with it is reported in one line, before any work.
+
+All values that are wrong come first, then those that do not go together.
+"""
 
 import re
 from pathlib import Path, PurePath
@@ -315,7 +318,7 @@ class ModelConfig(ModelParams):
 
 
 def load_params(path: Path) -> Params:
-    """Read and check params.yaml. Raises UserError with every problem in one line."""
+    """Read and check params.yaml. Raises UserError with its problems in one line."""
     return check(Params, _read(path), path.name)
 
 

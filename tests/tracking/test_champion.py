@@ -185,7 +185,7 @@ def test_a_version_whose_training_improves_nothing_stays_what_it_is(registry: Re
     ],
 )
 def test_where_nothing_can_be_compared_nothing_is_promoted_but_by_hand(
-    registry: Registry, tmp_path: Path, trained_on: str, reason: str
+    registry: Registry, tmp_path: Path, trained_on: str, reason: str, error_line: Callable[[Callable[[], object]], str]
 ) -> None:
     name = registry.name
     registry.choose(registry.make(9, 5.0, trained_on or "c"))
@@ -196,6 +196,9 @@ def test_where_nothing_can_be_compared_nothing_is_promoted_but_by_hand(
     assert said.endswith("`python src/register.py --promote 2` makes it the champion")
     assert promote(name, "champion", "2") == f"{name} version 2 is champion: promoted by hand"
     assert registry.champion == "2"
+    assert registry.client.get_model_version(name, "2").tags[VERDICT] == "promoted by hand"
+    line = error_line(lambda: promote(name, "champion", "latest"))
+    assert line == "error: --promote takes the number of a version, not latest\n"
 
 
 def test_the_best_of_the_others_takes_over_from_a_champion_that_is_lost(

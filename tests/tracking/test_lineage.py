@@ -109,7 +109,7 @@ def test_train_key_changes_with_the_weights_it_starts_from(checkout: Path, param
 
 
 def test_a_lineage_tells_the_commit_and_what_has_been_changed_since(
-    checkout: Path, params: Callable[..., Params]
+    checkout: Path, params: Callable[..., Params], tmp_path: Path
 ) -> None:
     shutil.copy(REPOSITORY / "params.yaml", checkout)
     outside = collect_lineage(params(), 1)
@@ -124,10 +124,20 @@ def test_a_lineage_tells_the_commit_and_what_has_been_changed_since(
             file.write("# changed\n")
     changed = collect_lineage(params(), 1)
     assert changed["commit"] == found["commit"] and "+# changed" in changed["diff"]
-    assert changed["uncommitted"] == ["src/train.py", "src/new.py"]
+    assert changed["uncommitted"] == ["src/new.py", "src/train.py"]
+    for key, value in (("diff.noprefix", "true"), ("color.ui", "always"), ("diff.external", "true")):
+        subprocess.run(["git", "-C", str(checkout), "config", key, value], check=True)
+    assert collect_lineage(params(), 1)["diff"] == changed["diff"]
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(checkout), str(clone)], check=True)
+    subprocess.run(["git", "apply"], cwd=clone, input=changed["diff"], text=True, check=True)
+    assert [(clone / name).read_text() for name in changed["uncommitted"]] == [
+        (checkout / name).read_text() for name in changed["uncommitted"]
+    ]
+    assert "src/new.py" not in lineage.git("ls-files")  # git's own index is as it was
     commit = f"(commit {found['commit'][:8]})"
     assert changes_since_commit(params(), found) == f"params.yaml as it is {commit}"
-    told = "train.learning_rate 0.1, not 0.002; uncommitted src/train.py; uncommitted src/new.py"
+    told = "train.learning_rate 0.1, not 0.002; uncommitted src/new.py; uncommitted src/train.py"
     assert changes_since_commit(params(learning_rate=0.1), changed) == f"{told} {commit}"
     assert changes_since_commit(params(), found | {"commit": "c0ffee"}) == ""
 

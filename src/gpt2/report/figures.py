@@ -159,7 +159,7 @@ def searched(table: pd.DataFrame) -> Figure:
     figure = Figure((WIDTH, 0.5 + 2.2 * len(names)))
     for axis, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
         values = table[name]
-        if not pd.api.types.is_float_dtype(values):  # choices
+        if not pd.api.types.is_float_dtype(values) or values.isna().any():  # choices, perhaps null
             values = values.map(str)
         elif values.min() > 0 and values.max() > 4 * values.min():
             axis.set_xscale("log")

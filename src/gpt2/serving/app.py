@@ -50,7 +50,9 @@ class Metrics:
 
     def __init__(self, engine: SharedEngine) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("gpt2_requests", "Answers by their status", ["status"], registry=self.registry)
+        self.requests = Counter(
+            "gpt2_requests", "Completions and all refusals, by status", ["status"], registry=self.registry
+        )
         self.prompt_tokens = Counter("gpt2_prompt_tokens", "Tokens of prompts", registry=self.registry)
         self.completion_tokens = Counter("gpt2_completion_tokens", "Tokens written", registry=self.registry)
         self.seconds = Histogram(

@@ -15,7 +15,7 @@ from gpt2.config import Params, PrepareParams
 from gpt2.core.files import read_json
 from gpt2.core.paths import METRICS, SAMPLES, TOKENS
 from gpt2.evaluation.perplexity import summarize
-from gpt2.tracking.champion import VERDICT
+from gpt2.tracking.champion import BY_HAND, VERDICT
 from gpt2.tracking.lineage import Lineage
 from gpt2.tracking.registry import logged_model_of, uri_of
 
@@ -118,7 +118,7 @@ Models are selected on the validation split; the test split is only reported.
 def describe(version: ModelVersion, card: Card, alias: str) -> None:
     """Give a version and its logged model the card, and the registered model a description if it has none."""
     client = mlflow.MlflowClient()
-    verdict = client.get_model_version(version.name, version.version).tags.get(VERDICT, "promoted by hand")
+    verdict = client.get_model_version(version.name, version.version).tags.get(VERDICT, BY_HAND)
     text = card.text(uri_of(version), verdict)
     client.update_model_version(version.name, version.version, text)
     if model_id := logged_model_of(version):

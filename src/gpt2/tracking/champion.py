@@ -6,6 +6,8 @@ present validation split that neither was trained on.
 The test split is only reported: who chooses by it has no fair figure left.
 """
 
+import re
+
 import mlflow
 import numpy as np
 import pandas as pd
@@ -26,6 +28,7 @@ from gpt2.tracking.runs import PARENT, PARENT_SHA256
 from gpt2.tracking.store import STORE_ERRORS, open_store, store_lock
 
 VAL_LOSS, VERDICT = "gpt2.val_loss", "gpt2.verdict"
+BY_HAND = "promoted by hand"
 VAL_SHA256, STRIDE, TOKENIZER = "gpt2.val_sha256", "gpt2.stride", "gpt2.tokenizer"
 MEASURE = (VAL_SHA256, STRIDE, TOKENIZER)  # where they are equal, so is what VAL_LOSS means
 
@@ -105,14 +108,18 @@ def compare(challenger: ModelVersion, rival: ModelVersion, params: Params) -> tu
 
 def promote(name: str, alias: str, number: str) -> str:
     """Give the alias to a version by hand; return what was done. Raises UserError if there is none, or it is lost."""
+    if not re.fullmatch("[0-9]+", number):
+        raise UserError(f"--promote takes the number of a version, not {number}")
     fetch_model(f"models:/{name}/{number}")
     try:
         open_store()
         with store_lock():
-            mlflow.MlflowClient().set_registered_model_alias(name, alias, number)
+            client = mlflow.MlflowClient()
+            client.set_registered_model_alias(name, alias, number)
+            client.set_model_version_tag(name, number, VERDICT, BY_HAND)
     except STORE_ERRORS as error:
         raise UserError(f"MLflow's store fails ({error})") from None
-    return f"{name} version {number} is {alias}: promoted by hand"
+    return f"{name} version {number} is {alias}: {BY_HAND}"
 
 
 def _new_documents(pair: tuple[ModelVersion, ModelVersion]) -> tuple[pd.DataFrame, int]:

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -52,9 +55,19 @@ def collect_lineage(params: Params, threads: int) -> Lineage:
         "threads": threads,
         "environment": _environment(choose_device(params.runtime.device)),
         "commit": git("rev-parse", "HEAD").strip(),
-        "uncommitted": [line[3:] for line in git("status", "--porcelain", "--", *UNCOMMITTED).splitlines()],
-        "diff": git("diff", "--no-ext-diff", "HEAD", "--", *UNCOMMITTED),
+        **_uncommitted(),
     }
+
+
+def _uncommitted() -> Lineage:
+    """Return the names of files that are not as in the commit, new ones too, and the patch that makes them so."""
+    compare = ("diff", "--relative", "--no-ext-diff", "--no-color", "--src-prefix=a/", "--dst-prefix=b/", "HEAD")
+    with TemporaryDirectory() as folder, suppress(OSError):
+        index = Path(shutil.copy(ROOT / git("rev-parse", "--git-path", "index").strip(), folder))  # of git, for a while
+        git("add", "--intent-to-add", "--", *filter(lambda name: (ROOT / name).exists(), UNCOMMITTED), index=index)
+        names = git(*compare, "--name-only", "-z", "--", *UNCOMMITTED, index=index).split("\0")[:-1]
+        return {"uncommitted": names, "diff": git(*compare, "--binary", "--", *UNCOMMITTED, index=index)}
+    return {"uncommitted": [], "diff": ""}
 
 
 def with_parent(lineage: Lineage, sha256: str) -> Lineage:
@@ -72,28 +85,37 @@ def first_lineage(lineage: Lineage) -> Lineage:
 
 def describe_saved_trainings(lineage: Lineage) -> list[str]:
     """Return a line for each other training with checkpoints: how large they are, and what differs in it."""
-    lines = []
-    for file in sorted(checkpoint_folder("").glob("*/lineage.json")):
-        other, present = read_json(file), {name: lineage[name] for name in ("model", "train", "runtime", "torch")}
-        if other["train_key"] != lineage["train_key"] and not Checkpoints(file.parent).are_used():
+    lines, present = [], {name: lineage[name] for name in ("model", "train", "runtime", "torch")}
+    for folder, other in _other_trainings(lineage):
+        if not Checkpoints(folder).are_used():
             files = [
                 f"another {name}" for name, sha256 in lineage["files"].items() if other["files"].get(name) != sha256
             ]
-            megabytes = sum(one.stat().st_size for one in file.parent.rglob("*") if one.is_file()) / 1e6
             changes = "; ".join(differences(other, present) + files) or "with other files"
-            lines.append(f"{file.parent} keeps {megabytes:,.0f} MB of another training's checkpoints ({changes})")
+            megabytes = sum(one.stat().st_size for one in folder.rglob("*") if one.is_file()) / 1e6
+            lines.append(f"{folder} keeps {megabytes:,.0f} MB of another training's checkpoints ({changes})")
     return lines
 
 
 def shared_checkpoint(lineage: Lineage) -> Path | None:
     """Return the last checkpoint of another training that has the same first steps until then, if there is one."""
     found = []
-    for file in checkpoint_folder("").glob("*/lineage.json"):
-        other = read_json(file)
-        if other["train_key"] != lineage["train_key"] and _first_steps(other) == _first_steps(lineage):
-            steps = min(shared_steps(check(TrainParams, one["train"], str(file))) for one in (other, lineage))
-            found.append(Checkpoints(file.parent, steps).shared())
+    for folder, other in _other_trainings(lineage):
+        if _first_steps(other) == _first_steps(lineage):
+            steps = min(shared_steps(check(TrainParams, one["train"], str(folder))) for one in (other, lineage))
+            found.append(Checkpoints(folder, steps).shared())
     return max(filter(None, found), key=lambda path: path.name, default=None)
+
+
+def _other_trainings(lineage: Lineage) -> Iterator[tuple[Path, Lineage]]:
+    """Yield the folder and the lineage of each other training with checkpoints, unless it is deleted meanwhile."""
+    for file in sorted(checkpoint_folder("").glob("*/lineage.json")):
+        try:
+            other = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        if other["train_key"] != lineage["train_key"] and file.parent.suffix != ".partial":
+            yield file.parent, other
 
 
 def _first_steps(lineage: Lineage) -> Lineage:
@@ -160,8 +182,11 @@ def _environment(device: torch.device) -> str:
     return f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}, {hardware}"
 
 
-def git(*arguments: str) -> str:
-    """Return what a git command prints; nothing outside git. The repository may be another user's, as is the code."""
+def git(*arguments: str, index: Path | None = None) -> str:
+    """Return what a git command prints; nothing outside git. The repository may be another user's, as is the code.
+
+    `index` is taken for git's own.
+    """
     try:
         return subprocess.check_output(
             ["git", "-c", "safe.directory=*", *arguments],
@@ -169,6 +194,7 @@ def git(*arguments: str) -> str:
             text=True,
             errors="replace",
             stderr=subprocess.DEVNULL,
+            env=os.environ | ({"GIT_INDEX_FILE": str(index)} if index else {}),
         )
     except (OSError, subprocess.CalledProcessError):
         return ""

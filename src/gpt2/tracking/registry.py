@@ -15,6 +15,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.utils.file_utils import get_local_path_or_none
 
+from gpt2.config import champion_uri
 from gpt2.core.errors import NoModelError, UserError
 from gpt2.core.files import atomic_write, file_lock
 from gpt2.core.paths import LINEAGE, MODEL, PARAMS, ROOT, TOKENS, main_root
@@ -160,19 +161,23 @@ def open_version(uri: str) -> Iterator[ModelVersion]:
 def _open_store(uri: str) -> Iterator[None]:
     """Read the store, to find what a URI names. Raises what open_version does."""
     hint = "train one with `dvc repro`, or register what has been trained with `python src/register.py`"
+    mends = True  # the next `dvc repro`
     try:
         with read_store():
             try:
                 yield
             except MlflowException:
                 if numbers := _version_numbers(mlflow.MlflowClient(), uri):
-                    hint = f"there are versions {', '.join(numbers)}; `dvc repro` chooses the champion anew"
+                    hint = f"there are versions {', '.join(numbers)}"
+                    if mends := uri.partition("@")[2] == champion_uri(PARAMS).partition("@")[2]:
+                        hint += "; `dvc repro` chooses the champion anew"
                 raise
     except STORE_ERRORS as error:
         message = " ".join(str(error).split())
         if getattr(error, "error_code", None) not in NOT_THERE:
             raise UserError(f"MLflow's store fails ({message})") from None
-        withdraw_receipt()
+        if mends:
+            withdraw_receipt()
         raise NoModelError(f"no model at {uri} ({message}); {hint}") from None
 
 
