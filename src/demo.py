@@ -1,9 +1,14 @@
 """A guided tour of this GPT-2: architecture, generation, training, attention; then a checklist of what has just run."""
 
+import os
+
+from gpt2.core.environment import OPENMP_DEFAULTS
+
+os.environ.update(OPENMP_DEFAULTS | os.environ)
+
 import argparse
 import io
 import math
-import os
 import sys
 from collections.abc import Callable
 from functools import cache, partial

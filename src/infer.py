@@ -1,5 +1,11 @@
 """Write text with a trained GPT-2, after one prompt or in an interactive session; or score a text under it."""
 
+import os
+
+from gpt2.core.environment import OPENMP_DEFAULTS
+
+os.environ.update(OPENMP_DEFAULTS | os.environ)
+
 import argparse
 import io
 import sys

@@ -1,5 +1,11 @@
 """Stage sample: the trained model continues every prompt under every setting: a table, a page to read, and figures."""
 
+import os
+
+from gpt2.core.environment import OPENMP_DEFAULTS
+
+os.environ.update(OPENMP_DEFAULTS | os.environ)
+
 import csv
 import itertools
 

@@ -4,7 +4,7 @@ import os
 
 from gpt2.core.environment import OPENMP_DEFAULTS
 
-os.environ.update(OPENMP_DEFAULTS | os.environ)  # the engine shares its cores with the server
+os.environ.update(OPENMP_DEFAULTS | os.environ)
 
 import socket
 import sys

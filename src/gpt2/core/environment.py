@@ -10,6 +10,6 @@ MLFLOW_DEFAULTS = {
     "PGCONNECT_TIMEOUT": "30",
 }
 
-# OpenMP's idle threads soon sleep then. By default they spin, so that two trainings on the same cores hardly go on.
+# OpenMP's idle threads soon sleep then. By default they spin, so that two programs on the same cores hardly go on.
 # (GNU's OpenMP takes GOMP_SPINCOUNT before OMP_WAIT_POLICY; another OpenMP knows the second alone.)
 OPENMP_DEFAULTS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
