@@ -88,6 +88,8 @@ def test_order_of_documents_does_not_depend_on_the_file_system(tmp_path: Path, m
         ("texts/**/*.py", None, ["deep/d.py", "e.py"]),
         ("texts/deep/[cd].*", "*.py", ["d.py"]),
         ("texts/odd[1].txt", None, ["odd[1].txt"]),
+        ("texts/d*", None, ["deep/c.txt"]),
+        ("texts/deep*", "*.txt", ["deep/c.txt"]),
         ("texts/e.py", None, ["e.py"]),
     ],
 )
@@ -141,6 +143,7 @@ def test_given_splits_are_honoured(tmp_path: Path, error_line: ErrorLine) -> Non
 def test_the_first_documents_of_each_split_are_taken(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in [*range(5), "}"]) + "broken")
     write_files(tmp_path, "val.txt", "more.txt", "x.txt")
+    (tmp_path / "y.txt").write_bytes(b"\xff")  # is not needed
     texts, _ = read_corpus(".", tmp_path, max_documents=2)
     assert Counter(text.split for text in texts) == {"train": 2, "val": 1, None: 2}
 

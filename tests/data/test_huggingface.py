@@ -1,5 +1,6 @@
 """Datasets in Hugging Face's formats: from a folder, since no hub is reached here."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,9 @@ def test_splits_and_rows_can_be_chosen(root: Path, make_prepare_params: Make, er
         return [f"{text.text}: {text.split}" for text in read_corpus(params, root)[0]]
 
     assert read(train="unsupervised") == [f"unsupervised {i}: train" for i in range(3)]
+    chosen = read(val="unsupervised")  # train is the dataset's own
+    assert Counter(text.partition(": ")[2] for text in chosen) == {"train": 3, "val": 3}
+    assert "two are of one split of" in error_line(lambda: read(val="validation", test="validation"))
     assert "has no split 'tset', but train, validation, unsupervised" in error_line(lambda: read(test="tset"))
 
 

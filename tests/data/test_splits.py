@@ -146,6 +146,12 @@ def test_a_missing_split_is_drawn_from_train_where_all_are_named(split: Split) -
     documents, _, parts = split([(LINES, "train"), ("x" * 500, "val")])
     assert "".join(part for one, part in zip(documents, parts, strict=True) if one.split == "val") == parts[-1]
     assert sizes_of(documents)["test"] / len(LINES.encode()) == pytest.approx(0.11, abs=0.015)
+    large = [
+        *((f"row {i} of train", "train") for i in range(100)),
+        *((f"row {i} of test" * 9, "test") for i in range(300)),
+    ]
+    documents, _, _ = split(large)  # the fraction is of train, whatever is given for test
+    assert Counter(one.split for one in documents)["val"] == pytest.approx(10, abs=1)
     documents, left_out, _ = split([(LINES, "train"), ("x", "val"), ("y", "test")])
     assert [one.split for one in documents] == ["train", "val", "test"] and not left_out
 
@@ -181,4 +187,4 @@ def test_split_without_text_is_refused(split: Split, error_line: ErrorLine, text
 
 def test_row_too_large_for_its_split_is_named(split: Split, error_line: ErrorLine) -> None:
     line = error_line(lambda: split([("x", "train"), "y" * 9, "z" * 90], 0.05, 0.05))
-    assert "prepare.val_fraction 0.05 would become 0.9 with 2: cut that text into smaller ones" in line
+    assert "prepare.val_fraction 0.05 would become 0.91 with 2: cut that text into smaller ones" in line

@@ -136,5 +136,5 @@ def test_broken_folders_are_one_line(tmp_path: Path, error_line: ErrorLine) -> N
 def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch, error_line: ErrorLine, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for name in ("gpt2", "no/such/name"):
+    for name in ("hf:gpt2", "hf:no/such/name"):
         assert "cannot be had from the Hugging Face hub" in error_line(lambda: load_huggingface(name))  # noqa: B023

@@ -50,7 +50,7 @@ def test_positions_count_the_tokens_before() -> None:
 
 
 def test_groups_weigh_documents_by_their_tokens() -> None:
-    names = ["115 1907 Roosevelt", "116 1908 Roosevelt", "117 1909 Taft", "150 1938 Roosevelt"]
+    names = ["115 1907 Roosevelt", "116 1908 Roosevelt", "117 1909 Taft[0:99]", "150 1938 Roosevelt"]
     groups = sotu_groups(pd.DataFrame({"document": names}))
     assert groups["decade"].tolist() == ["1900s"] * 3 + ["1930s"]
     assert groups["president"].tolist() == ["Roosevelt 1907-1908"] * 2 + ["Taft 1909", "Roosevelt 1938"]

@@ -58,7 +58,7 @@ def test_equal_weights_have_one_sha256_wherever_they_come_from(
     torch.save(saved, folder / "x.pt")
     names = ("hf:owner/gpt2", "data/pretrained/hub", "data/pretrained/ours", "data/pretrained/x.pt")
     assert {load_parent(name).sha256 for name in names} == {digest}
-    assert asked == ["owner/gpt2", str(folder / "hub")]
+    assert asked == ["hf:owner/gpt2", str(folder / "hub")]
     with torch.no_grad():
         next(iter(model.parameters())).add_(1)
     assert load_parent("hf:owner/gpt2").sha256 != digest

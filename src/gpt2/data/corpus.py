@@ -84,14 +84,16 @@ def check_tracked(params: PrepareParams, root: Path, main: Path) -> None:
 def _texts(parts: Iterable[Part], params: PrepareParams, left_out: Counter[str]) -> Iterator[Text]:
     taken = Counter[str | None]()
     for part in parts:
+        if taken[part.split] == params.max_documents:
+            continue
         for number, text in enumerate(part.read(), start=1):
-            if taken[part.split] == params.max_documents:
-                break
             if not text or text.isspace():
                 left_out["empty"] += 1
                 continue
             taken[part.split] += 1
             yield Text(f"{part.name}[{number}]" if part.has_rows or number > 1 else part.name, text, part.split)
+            if taken[part.split] == params.max_documents:
+                break
     if not taken:
         raise UserError(f"prepare.source {params.source} holds no text")
 
@@ -114,7 +116,9 @@ def _dataset(params: PrepareParams, root: Path, left_out: Counter[str]) -> list[
     splits = open_dataset(params.source, root)
     given: dict[str, str | None]
     if params.splits:
-        given = {name: split for split, name in params.splits.items()}
+        given = {name: split for split, name in ({"train": "train"} | params.splits).items()}
+        if len(given) < len({"train", *params.splits}):
+            raise UserError(f"prepare.splits {params.splits}: two are of one split of {params.source}")
         for name in given.keys() - splits:
             raise UserError(f"prepare.source {params.source} has no split {name!r}, but {', '.join(map(str, splits))}")
     else:
@@ -174,7 +178,7 @@ def _base(source: str, root: Path) -> str:
 
 
 def _chooser(params: PrepareParams, root: Path) -> Callable[[Path], bool]:
-    """Return whether a file is of the source: by its glob, by prepare.files, else by a known format."""
+    """Return whether a file is of the source: by its glob or prepare.files, or else by a known format."""
     if params.source.startswith(PREFIX):
         return lambda _: True
     if _base(params.source, root) == params.source:
@@ -183,7 +187,12 @@ def _chooser(params: PrepareParams, root: Path) -> Callable[[Path], bool]:
         found = set(root.glob(params.source))
     except ValueError as error:
         raise UserError(f"prepare.source {params.source} is no glob: {error}") from None
-    return lambda file: file in found and (not params.files or file.match(params.files))
+
+    def is_chosen(file: Path) -> bool:
+        is_found = file in found or (not found.isdisjoint(file.parents) and reader_of(file) is not None)
+        return is_found and (not params.files or file.match(params.files))
+
+    return is_chosen
 
 
 def _find(path: Path, root: Path, is_chosen: Callable[[Path], bool], left_out: Counter[str]) -> list[Path]:

@@ -74,11 +74,16 @@ def read_csv(stream: BinaryIO, params: PrepareParams, delimiter: str = ",") -> I
             yield line
 
     rows = csv.reader(limited(), delimiter=delimiter, strict=True)
-    header = next(rows, [])
-    for row in rows:
-        size = 0
-        if row:
-            yield text_of(dict(zip(header, row, strict=False)), params.text_column, f"line {rows.line_num}")
+    try:
+        header = next(rows, [])
+        for row in rows:
+            size = 0
+            if len(row) > len(header):
+                raise csv.Error(f"{len(row)} fields, not {len(header)}; a text with {delimiter!r} needs quotes")
+            if row:
+                yield text_of(dict(zip(header, row, strict=False)), params.text_column, f"line {rows.line_num}")
+    except csv.Error as error:
+        raise ValueError(f"line {rows.line_num}: {error}") from None
 
 
 def read_parquet(stream: BinaryIO, params: PrepareParams) -> Iterator[str]:
@@ -157,9 +162,7 @@ def read_file(path: Path, params: PrepareParams) -> Iterator[str]:
     try:
         with opener(path) as stream:
             yield from (reader_of(path) or read_text)(stream, params)
-    except (OSError, ValueError, EOFError, MemoryError, zlib.error) as error:
-        raise unreadable(path, error) from None
-    except (csv.Error, lzma.LZMAError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
         raise unreadable(path, error) from None
 
 

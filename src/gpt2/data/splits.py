@@ -46,14 +46,15 @@ def split_documents(
     missing = {name: fraction for name, fraction in fractions.items() if all(one.split != name for one in documents)}
     pool = None if any(one.split is None for one in documents) else "train"  # the split of those to draw from
     if missing:
-        piece = min(missing.values()) * sum(one.size for one in documents)
+        piece = min(missing.values()) * sum(one.size for one in documents if one.split == pool)
         documents = [part for one in documents for part in (_cut(one, file, piece) if one.split == pool else (one,))]
         documents, equal = _keep_equal_together(documents, params.deduplicate)  # sections too
         left_out += equal
-    total, sizes = sum(one.size for one in documents), Counter[bytes]()
+    sizes = Counter[bytes]()
     for one in documents:
         if one.split == pool:
             sizes[one.sha256] += one.size
+    total = sizes.total()
     # The order of the hashes stands in for a shuffle: it is the same for the same texts, whatever their names or order.
     # Documents larger than a split should be are taken last, so that the largest stay in train.
     most = max(missing.values(), default=0) * total
@@ -69,7 +70,7 @@ def split_documents(
     for one in documents:
         if one.split == pool:
             one.split = drawn.get(one.sha256, "train")
-    _check(documents, missing, params.source)
+    _check(documents, {name: fraction * total for name, fraction in missing.items()}, params)
     return documents, left_out
 
 
@@ -77,7 +78,7 @@ def _cut(document: Document, file: BinaryIO, most: float) -> list[Document]:
     """Cut a document larger than `most` bytes at line ends into sections of about a fifth of that."""
     if document.size <= most:
         return [document]
-    sections = round(SECTIONS * document.size / most)
+    sections = min(round(SECTIONS * document.size / most), document.size)
     bounds = {0, document.size}
     for number in range(1, sections):
         file.seek(document.start + document.size * number // sections)
@@ -115,17 +116,18 @@ def _keep_equal_together(documents: list[Document], deduplicate: bool) -> tuple[
     return kept, left_out
 
 
-def _check(documents: list[Document], fractions: dict[str, float], source: str) -> None:
-    sizes = {name: sum(one.size for one in documents if one.split == name) for name in SPLITS}
-    total = sum(sizes.values())
+def _check(documents: list[Document], asked: dict[str, float], params: PrepareParams) -> None:
+    """Raise UserError as split_documents says; `asked` are the bytes that splits should have which are not given."""
+    source, sizes = params.source, {name: sum(one.size for one in documents if one.split == name) for name in SPLITS}
     for name, size in sizes.items():
         if not size:
             raise UserError(
                 f"prepare.source {source}: no text is left for the {name} split; give more documents, or a longer text"
             )
-        if name in fractions and size > max(MOST_OVER * fractions[name] * total, sizes["train"]):
+        if name in asked and size > max(MOST_OVER * asked[name], sizes["train"]):
             largest = max((one for one in documents if one.split == name), key=lambda one: one.size).name
+            fraction = getattr(params, f"{name}_fraction")
             raise UserError(
-                f"prepare.{name}_fraction {fractions[name]} would become {size / total:.2g} with {largest}: cut that "
-                "text into smaller ones, or give the splits (prepare.splits)"
+                f"prepare.{name}_fraction {fraction} would become {fraction * size / asked[name]:.2g} with {largest}: "
+                "cut that text into smaller ones, or give the splits (prepare.splits)"
             )

@@ -17,6 +17,7 @@ from torch import Tensor
 from gpt2.config import ModelConfig
 from gpt2.core.errors import UserError
 from gpt2.core.files import read_json
+from gpt2.core.paths import TOKENIZER_FILE
 from gpt2.core.validation import check
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import CONFIG, shapes_only
@@ -52,14 +53,12 @@ BLOCK = {
 
 
 def load_huggingface(name: str) -> tuple[Path, GPT2Model, ModelConfig]:
-    """Return the folder and the GPT-2 of a local folder or of a name on the hub, float32 on the CPU, ready to generate.
+    """Return the folder and the GPT-2 of a local folder or of hf:name, on the hub; float32 on the CPU, ready to use.
 
-    On the hub, name@commit is the state of that commit. Raises UserError if it is not there, broken, no GPT-2 in
+    On the hub, hf:name@commit is the state of that commit. Raises UserError if it is not there, broken, no GPT-2 in
     safetensors, or computes what the model here does not.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = _download(name)
+    folder = _download(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{name} is no Hugging Face model: it has no {CONFIG}")
     config = from_huggingface_config(read_json(folder / CONFIG), f"{name}: {CONFIG}")
@@ -182,8 +181,9 @@ def is_transposed(theirs: str, kind: str) -> bool:
 def _download(name: str) -> Path:
     """Return the folder in the hub's cache that holds a model's configuration and weights. Raises UserError."""
     repository, _, commit = name.partition("@")
+    patterns = [CONFIG, WEIGHTS, TOKENIZER, TOKENIZER_FILE]
     try:
-        return Path(snapshot_download(repository, revision=commit or None, allow_patterns=[CONFIG, WEIGHTS, TOKENIZER]))
+        return Path(snapshot_download(repository, revision=commit or None, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # offline, not there, or no name that the hub could have
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name} is no folder, and cannot be had from the Hugging Face hub: {reason}") from None
+        raise UserError(f"hf:{name} cannot be had from the Hugging Face hub: {reason}") from None

@@ -71,10 +71,10 @@ def by_document(documents: pd.DataFrame, losses: NDArray[np.float64]) -> pd.Data
 def sotu_groups(documents: pd.DataFrame) -> pd.DataFrame:
     """Return the decade and the presidency of each document of the default corpus, e.g. 1840s and Tyler 1841-1844.
 
-    Documents are named NUMBER YEAR PRESIDENT, and stand in order. A presidency is an unbroken row of one name, so that
-    both Roosevelts have their own. Raises ValueError for other names.
+    Documents are named NUMBER YEAR PRESIDENT, sections of them also [START:END], and stand in order. A presidency is an
+    unbroken row of one name, so that both Roosevelts have their own. Raises ValueError for other names.
     """
-    parts = [re.fullmatch(r"\d+ (\d{4}) (.+)", name) for name in documents["document"]]
+    parts = [re.fullmatch(r"\d+ (\d{4}) (.+?)(?:\[\d+:\d+\])?", name) for name in documents["document"]]
     if None in parts:
         raise ValueError(f"{documents['document'][parts.index(None)]!r} is no name of the default corpus")
     table = pd.DataFrame([part.groups() for part in parts if part], columns=["year", "president"])

@@ -166,7 +166,8 @@ def _copied(share: float | None) -> str:
 def _sample() -> str:
     """Return one sample as a quotation: the first under the settings with the middle temperature."""
     table = pd.read_csv(SAMPLES / "samples.csv", keep_default_na=False)
-    row = table.sort_values("temperature", kind="stable").iloc[len(table) // 2]
+    middle = table["temperature"].sort_values().iloc[len(table) // 2]
+    row = table[table["temperature"] == middle].iloc[0]
     settings = f"temperature {row['temperature']}" + "".join(
         f", {name} {row[name]}" for name in ("top_k", "top_p", "min_p") if row[name] != ""
     )

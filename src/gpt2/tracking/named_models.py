@@ -44,7 +44,7 @@ def load_named(name: str) -> NamedModel:
     elif name.startswith("hf:") or _is_huggingface_folder(path):
         from gpt2.model.huggingface import TOKENIZER, load_huggingface
 
-        named = NamedModel(*load_huggingface(name.removeprefix("hf:")), None)
+        named = NamedModel(*load_huggingface(name), None)
         _check_tokenizer(named.path, TOKENIZER)
         return named
     return NamedModel(path, *load_model(path))
