@@ -43,9 +43,12 @@ def test_making_a_version_again_takes_its_commit_its_changes_and_its_texts() -> 
         assert "git -C ../gpt2-55555555 checkout --quiet abc" in lines
     assert not any("git apply" in line or "data/raw" in line for line in clean)
     assert any(line.endswith("| git apply)") for line in changed)
-    assert "cp -r data/raw ../gpt2-55555555/data/" in changed
+    assert any("--rev abc . data/raw" in line and "cp -rn data/raw ../gpt2-55555555/data/;" in line for line in changed)
+    hub = commands("abc", "", "hf:owner/name@abc")
+    assert any(line.endswith("requirements.txt datasets") for line in hub) and not any("cp -rn" in line for line in hub)
     assert not any("pretrained" in line or "export" in line for line in clean + commands("abc", "", "sotu", "hf:gpt2"))
-    assert "cp -r data/pretrained ../gpt2-55555555/data/" in commands("abc", "", "sotu", "data/pretrained/x.pt")
+    pretrained = commands("abc", "", "sotu", "data/pretrained/x.pt")
+    assert any("cp -rn data/pretrained ../gpt2-55555555/data/;" in line for line in pretrained)
     assert any("sqlite:///$OLDPWD/mlflow.db" in line for line in commands("abc", "", "sotu", "models:/gpt2/2"))
     assert commands("", "", "sotu") == ["# It was made outside git, so there is no commit to make it again from."]
 

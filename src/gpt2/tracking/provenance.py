@@ -67,8 +67,11 @@ def reproduction(version: ModelVersion, lineage: Lineage) -> str:
     """Return the shell commands that make a version's weights again, in a clone beside the main checkout."""
     if not re.fullmatch("[0-9a-f]+", lineage["commit"]):  # a store may tell anything, and this goes to a shell
         return "# It was made outside git, so there is no commit to make it again from."
-    parent = version.tags.get(PARENT, "")
+    parent, source = version.tags.get(PARENT, ""), lineage["prepare"]["source"]
+    on_hub = source.startswith("hf:") and not source.startswith("hf:data/")
+    own = [("raw", source != "sotu" and not on_hub), ("pretrained", parent.startswith("data/"))]
     clone = f"../gpt2-{version.tags[MODEL_SHA256][:8]}"
+    datasets = " datasets" if source.startswith("hf:") else ""
     download = f"mlflow artifacts download --dst-path {clone} --artifact-uri {shlex.quote(uri_of(version))}/artifacts"
     apply = f"""python3 -c "import json; print(end=json.load(open('artifacts/{LINEAGE.name}'))['diff'])" | git apply"""
     lines = [
@@ -77,15 +80,21 @@ def reproduction(version: ModelVersion, lineage: Lineage) -> str:
         f"git -C {clone} checkout --quiet {lineage['commit']}",
         *([f"{download}/{LINEAGE.name}", f"(cd {clone} && {apply})"] if lineage["diff"] else []),
         f"{download}/{PARAMS.name} && cp {clone}/artifacts/{PARAMS.name} {clone}",
-        *([f"cp -r data/raw {clone}/data/"] if lineage["prepare"]["source"] != "sotu" else []),
-        *([f"cp -r data/pretrained {clone}/data/"] if parent.startswith("data/") else []),
+        *(_copy(f"data/{name}", clone, lineage["commit"]) for name, is_needed in own if is_needed),
         f"cd {clone}",
         *([f"export MLFLOW_TRACKING_URI={MAIN_STORE}  # which has its parent"] if ":/" in parent else []),
-        "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt",
+        f"python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt{datasets}",
         "dvc repro",
         "sha256sum data/model/model.safetensors",
     ]
     return "\n".join(lines)
+
+
+def _copy(folder: str, clone: str, commit: str) -> str:
+    """Return the commands that give a clone a folder of data: what DVC keeps as of the commit, the rest as it is."""
+    kept = f"dvc get --quiet --rev {commit} . {folder} --out {clone}/{folder}"
+    back = f"git -C {clone} checkout --quiet -- {folder}"
+    return f"rm -r {clone}/{folder} && {kept}; cp -rn {folder} {clone}/data/; {back}"
 
 
 def _describe_run(client: mlflow.MlflowClient, run_id: str) -> str:
