@@ -50,7 +50,10 @@ def predictions(
 
 @torch.inference_mode()
 def _predictions(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    device, end_of_text = model.output_projection.weight.device, model.output_projection.out_features - 1
+    weight = model.output_projection.weight
+    device, end_of_text = weight.device, len(weight) - 1
+    if torch.is_autocast_enabled(device.type):
+        weight = weight.to(torch.get_autocast_dtype(device.type))  # here, not for every few rows
     windows = sliding_windows(len(tokens), model.max_len, stride)
     for (_, scored), group in itertools.groupby(windows, lambda window: (window[1] - window[0], window[1] - window[2])):
         while batch := list(itertools.islice(group, batch_size)):
@@ -62,7 +65,7 @@ def _predictions(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int)
             hidden_states = model.hidden_states(text[:, :-1])[:, -scored:].flatten(0, 1)  # (B * S, C)
             targets = text[:, -scored:].flatten()
             for rows, predicted in zip(hidden_states.split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True):
-                yield model.output_projection(rows).float(), predicted
+                yield F.linear(rows, weight).float(), predicted
 
 
 def mean_loss(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int, name: str = "predict") -> float:
