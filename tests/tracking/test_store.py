@@ -88,7 +88,7 @@ with mlflow.start_run(experiment_id=store.open_store()) as run:
     mlflow.log_artifact(str(root / "params.yaml"), "config")
     mlflow.log_input(from_pandas(pd.DataFrame({{"document": ["a"]}}), name="corpus"), context="training")
     version = registry.register("gpt2", run, made_from, measured, {{"corpus": "of a test"}})
-    promote("gpt2", "champion", version.version)
+    promote("gpt2", "champion", str(version.version))
 answer(run.info.run_id)
 """
 CHAMPION = """
