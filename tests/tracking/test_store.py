@@ -154,14 +154,18 @@ def contents(root: Path) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in root.rglob("*") if path.is_file()}
 
 
+def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python outside of a checkout, with nothing in its environment that names a store; it writes no bytecode."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+    return subprocess.run(
+        [sys.executable, "-B", *arguments], cwd=root.parent, env=environment, capture_output=True, text=True
+    )
+
+
 def command(root: Path, line: str, code: int = 0) -> str:
     """Run a script of a checkout from another folder; return what it says."""
     script, *arguments = line.split()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
-    program = [sys.executable, str(root / "src" / script), *arguments]
-    done = subprocess.run(
-        program, cwd=root.parent, env=environment | {"PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True
-    )
+    done = run(root, str(root / "src" / script), *arguments)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
@@ -191,9 +195,8 @@ print(load_named("models:/gpt2@champion").path, "mlflow" in sys.modules)
 
 def loaded(root: Path) -> list[str]:
     """Load the champion of a checkout; return the place of its files, and whether MLflow was needed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    program = [sys.executable, "-B", "-c", LOADED, str(root / "src")]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    done = run(root, "-c", LOADED, str(root / "src"))
+    assert done.returncode == 0, done.stderr
     return done.stdout.rsplit(maxsplit=1)
 
 

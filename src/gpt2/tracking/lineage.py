@@ -111,8 +111,10 @@ def _other_trainings(lineage: Lineage) -> Iterator[tuple[Path, Lineage]]:
     """Yield the folder and the lineage of each other training with checkpoints, unless it is deleted meanwhile."""
     for file in sorted(checkpoint_folder("").glob("*/lineage.json")):
         try:
-            other = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            other = read_json(file)
+        except UserError:
+            if file.exists():
+                raise
             continue
         if other["train_key"] != lineage["train_key"] and file.parent.suffix != ".partial":
             yield file.parent, other
