@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from gpt2.config import Device, ModelConfig, champion_uri
+from gpt2.config import ModelConfig, champion_uri
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.device import autocast, choose_device, choose_precision, use_threads
 from gpt2.core.errors import UserError
+from gpt2.core.fields import Device
 from gpt2.core.paths import PARAMS
 from gpt2.core.validation import check
 from gpt2.data.tokenizer import Tokenizer

@@ -16,8 +16,9 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from pydantic import Field
 
-from gpt2.config import MOST, Device, Section, champion_uri
+from gpt2.config import champion_uri
 from gpt2.core.cli import Parser, run_command
+from gpt2.core.fields import MOST, Device, Section
 from gpt2.core.paths import PARAMS
 from gpt2.core.validation import check
 from gpt2.generation.engine import MAX_SLOTS, Engine

@@ -3,33 +3,41 @@
 All values that are wrong come first, then those that do not go together.
 """
 
-import re
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gpt2.core.errors import UserError
+from gpt2.core.fields import (
+    Alias,
+    AutoOrSize,
+    Count,
+    Device,
+    Encoding,
+    Float,
+    Fraction,
+    Glob,
+    InitFrom,
+    Name,
+    Natural,
+    Number,
+    Prompt,
+    Section,
+    Size,
+    Source,
+    Text,
+    Threads,
+)
 from gpt2.core.validation import check
 
-MOST = 2**31  # all counts are below it
-MOST_SIZE = 2**20  # of a matrix or a batch
-MOST_THREADS = 1024
 OPENAI_SIZES = {  # d_model, n_layers and n_heads, by the names that Hugging Face gives them
     "gpt2": (768, 12, 12),  # 124M parameters
     "gpt2-medium": (1024, 24, 16),  # 355M
     "gpt2-large": (1280, 36, 20),  # 774M
     "gpt2-xl": (1600, 48, 25),  # 1.5B
 }
-
-
-def _source(name: str) -> str:
-    parts = Path(name.removeprefix("hf:")).parts
-    is_dataset = re.fullmatch(r"hf:(?!data/)\w[\w.-]*(/\w[\w.-]*)?(:[^:@]+)?(@[\w./-]+)?", name)
-    if name != "sotu" and not is_dataset and (parts[:2] != ("data", "raw") or ".." in parts):
-        raise ValueError("should be sotu, hf:owner/dataset, or lie below data/raw, where DVC sees changes")
-    return name
 
 
 def _preset(value: Any) -> Any:
@@ -43,91 +51,12 @@ def _preset(value: Any) -> Any:
     return sizes | {"dropout": 0.1, "tie_weights": True, "qkv_bias": True, "activation": "gelu_tanh"}
 
 
-def _init_from(name: str) -> str:
-    parts = Path(name).parts
-    is_file = parts[:2] == ("data", "pretrained") and len(parts) > 2 and ".." not in parts
-    if not is_file and not re.fullmatch(r"(models:/|runs:/).+|hf:[\w.-]+(/[\w.-]+)?(@[0-9a-f]{40})?", name):
-        raise ValueError("should be null, like models:/gpt2/2, runs:/ID/model or hf:NAME, or lie below data/pretrained")
-    return name
-
-
-def _encoding(name: str) -> str:
-    try:
-        "a".encode(name)
-    except (LookupError, ValueError):
-        raise ValueError("should be a text encoding that Python knows, such as utf-8 or latin-1") from None
-    return name
-
-
-def _glob(pattern: str) -> str:
-    try:
-        PurePath().match(pattern)
-    except ValueError:
-        raise ValueError("should be a glob, such as *.py") from None
-    return pattern
-
-
-def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
-        raise ValueError("should be auto, cpu, mps, cuda or cuda:N")
-    return name
-
-
-def _auto_or_int(most: int) -> BeforeValidator:
-    """A union of pydantic's would report the same value twice."""
-
-    def check(value: Any) -> Any:
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        if value != "auto" and not (is_int and 0 < value <= most):
-            raise ValueError(f"should be auto or an integer from 1 to {most}")
-        return value
-
-    return BeforeValidator(check)
-
-
-def _prompt(text: str) -> str:
-    if not text.strip():
-        raise ValueError("should not be blank")
-    text.encode()  # raises a ValueError of its own for what is no text
-    return text
-
-
-def _alias(name: str) -> str:
-    """MLflow reads latest and v1 as versions."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", name) or re.fullmatch(r"latest|v\d+", name, re.IGNORECASE):
-        raise ValueError("should be up to 255 letters, digits, _ or -, and neither latest nor like v1")
-    return name
-
-
-def _number(value: Any) -> Any:
-    """Return a number like 6e-4, which YAML 1.1 reads as text, as the number that DVC and users mean."""
-    is_exponential = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
-    return float(value) if is_exponential else value
-
-
-Device = Annotated[str, AfterValidator(_device)]
-Float = Annotated[float, BeforeValidator(_number)]
-Count = Annotated[int, Field(gt=0, lt=MOST)]
-Size = Annotated[int, Field(gt=0, le=MOST_SIZE)]
-Natural = Annotated[int, Field(ge=0, lt=MOST)]
-Fraction = Annotated[Float, Field(gt=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-Glob = Annotated[str, AfterValidator(_glob)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
-class Section(BaseModel):
-    """What all sections share: no unknown keys, no silent conversions, no changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
 class PrepareParams(Section):
-    source: Annotated[str, AfterValidator(_source)]
+    source: Source
     files: Glob | None
     text_column: Text
     separator: Text | None
-    encoding: Annotated[str, AfterValidator(_encoding)]
+    encoding: Encoding
     splits: dict[Literal["train", "val", "test"], Glob] | None
     val_fraction: Fraction
     test_fraction: Fraction
@@ -169,10 +98,10 @@ class TrainParams(Section):
     seed: Natural
     max_steps: Count
     batch_size: Size
-    micro_batch_size: Annotated[Literal["auto"] | int, _auto_or_int(MOST_SIZE)]
+    micro_batch_size: AutoOrSize
     sequence_length: Size
     initialization: Literal["bigrams", "random"]
-    init_from: Annotated[str, AfterValidator(_init_from)] | None
+    init_from: InitFrom | None
     optimizer: Literal["adamw", "muon"]
     learning_rate: Annotated[Float, Field(gt=0)]
     embedding_learning_rate: Annotated[Float, Field(gt=0)]
@@ -210,7 +139,7 @@ class TrainParams(Section):
 class RuntimeParams(Section):
     """What several stages compute with: see core/device.py."""
 
-    threads: Annotated[Literal["auto"] | int, _auto_or_int(MOST_THREADS)]
+    threads: Threads
     device: Device
     precision: Literal["auto", "float32", "bfloat16"]
 
@@ -231,20 +160,20 @@ class SamplingParams(Section):
 
 
 class SampleParams(Section):
-    prompts: Annotated[list[Annotated[str, AfterValidator(_prompt)]], Field(min_length=1)]
+    prompts: Annotated[list[Prompt], Field(min_length=1)]
     settings: Annotated[list[SamplingParams], Field(min_length=1)]
     max_tokens: Count
     seed: Natural
 
 
 class ReportParams(Section):
-    text: Annotated[str, AfterValidator(_prompt)]
+    text: Prompt
     heads: Annotated[int, Field(gt=0, le=64)]
 
 
 class RegisterParams(Section):
     name: Name
-    alias: Annotated[str, AfterValidator(_alias)]
+    alias: Alias
     promote: Literal["if_better", "always", "never"]
 
 
@@ -254,7 +183,7 @@ class SearchedParams(Section):
     low: Float | None = None
     high: Float | None = None
     log: bool = False
-    choices: Annotated[list[Annotated[Any, BeforeValidator(_number)]], Field(min_length=1)] | None = None
+    choices: Annotated[list[Number], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _is_range_or_choices(self) -> Self:

@@ -14,8 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gpt2.config import Count, Float, Natural, SamplingParams
+from gpt2.config import SamplingParams
 from gpt2.core.errors import UserError
+from gpt2.core.fields import Count, Float, Natural
 from gpt2.data.batches import SeenMask
 from gpt2.data.tokenizer import TextStream, Tokenizer
 from gpt2.generation.decoder import Decoder

@@ -19,8 +19,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 
-from gpt2.config import Section
 from gpt2.core.errors import UserError
+from gpt2.core.fields import Section
 from gpt2.data.tokenizer import Tokenizer
 from gpt2.generation.engine import MAX_SLOTS
 from gpt2.generation.shared_engine import Part, SharedEngine

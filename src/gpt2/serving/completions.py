@@ -4,8 +4,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from gpt2.config import MOST, Float, Natural, SamplingParams, Section
+from gpt2.config import SamplingParams
 from gpt2.core.errors import UserError
+from gpt2.core.fields import MOST, Float, Natural, Section
 from gpt2.core.validation import check
 from gpt2.data.tokenizer import TextStream, Tokenizer
 from gpt2.generation.engine import GenerationSettings, Request
