@@ -314,7 +314,7 @@ def quality() -> None:
         decoder, losses = Decoder(model, 1, seen, kind), []
         for inputs, targets in validation_batches(tokens, 1, config.max_len):
             with torch.inference_mode():
-                logits = decoder.logits(decoder.prefill_hidden_states({0: inputs[0].tolist()})[0])
+                logits = decoder.logits(decoder.prefill({0: inputs[0].tolist()})[0])
                 losses.append(float(cross_entropy(logits, targets[0])))
         perplexity = math.exp(statistics.fmean(losses))
         exact = exact or perplexity

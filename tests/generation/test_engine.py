@@ -88,21 +88,21 @@ def test_texts_may_come_while_others_are_written(model: GPT2Model) -> None:
     assert late.tokens == alone.tokens
 
 
-def test_texts_at_work_wait_for_few_prompts_at_once(model: GPT2Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "PREFILL_TOKENS", 10)
+def test_texts_at_work_wait_for_few_tokens_at_once(model: GPT2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 6)
     prefill, read = Decoder.prefill, []
 
-    def noted(decoder: Decoder, texts: dict[int, list[int]]) -> Tensor:
+    def noted(decoder: Decoder, texts: dict[int, list[int]], start: int) -> Tensor:
         read.append([len(text) for text in texts.values()])
-        return prefill(decoder, texts)
+        return prefill(decoder, texts, start)
 
     monkeypatch.setattr(Decoder, "prefill", noted)
     lengths = (1, 3, 4, 2, 20, 1, 1)  # of which the model sees 8 at most
     texts = [text_of(" war" * length, max_tokens=4, seed=length) for length in lengths]
     expected = [written_by_hand(model, text) for text in texts]
     Engine(model, 5).generate_all(texts)
-    assert read == [[1, 3], [4, 2], [8], [4], [1, 1]]  # at most 10 places, in five slots; the full context is halved
     assert [text.tokens[length:] for text, length in zip(texts, lengths, strict=True)] == expected
+    assert read == [[1, 3], [4], [2], [6], [2], [4], [1, 1]]  # the fifth in two parts; then its full context is halved
 
 
 def test_a_writer_writes_again_after_it_was_stopped(model: GPT2Model) -> None:
@@ -180,8 +180,11 @@ def test_no_texts_are_no_texts(model: GPT2Model) -> None:
     assert Engine(model, 16).generate_all([]) == []
 
 
-@pytest.mark.parametrize("prompt", ["One nation, many", "One"])
-def test_scores_are_the_whole_models_log_probabilities_whatever_the_settings(model: GPT2Model, prompt: str) -> None:
+@pytest.mark.parametrize(("prompt", "read_at_once"), [("One nation, many", 256), ("One nation, many", 3), ("One", 3)])
+def test_scores_are_the_whole_models_log_probabilities_whatever_the_settings(
+    model: GPT2Model, monkeypatch: pytest.MonkeyPatch, prompt: str, read_at_once: int
+) -> None:
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", read_at_once)
     settings = text_of("a", max_tokens=3, temperature=2.0, top_k=5, repetition_penalty=2.0).settings
     beside = text_of("war", max_tokens=9)
     text = Request(prompt, settings, GPT2, logprobs=2, scores_prompt=True)

@@ -51,19 +51,17 @@ class Decoder:
         self._replay = self._capture() if self._device.type == "cuda" else None
 
     @torch.inference_mode()
-    def prefill(self, texts: dict[int, list[int]]) -> Tensor:
-        """Put texts of token ids, by slot, in place of what the slots held; return the logits after them (R, V)."""
-        hidden_states = self.prefill_hidden_states(texts)
-        return self.logits(hidden_states[range(len(texts)), [len(text) - 1 for text in texts.values()]])
+    def prefill(self, texts: dict[int, list[int]], start: int = 0) -> Tensor:
+        """Put token ids, by slot, at the positions from `start` on; return their hidden states (R, T, C).
 
-    @torch.inference_mode()
-    def prefill_hidden_states(self, texts: dict[int, list[int]]) -> Tensor:
-        """Do what `prefill` does; return the hidden states of all positions (R, T, C)."""
+        What the slots held before `start` stays; a text shorter than the longest has no meaning beyond its end.
+        """
         longest = max(map(len, texts.values()))
         tokens = torch.zeros(len(texts), longest, dtype=torch.long)  # (R, T); nothing attends to what follows a text
         for row, text in zip(tokens, texts.values(), strict=True):
             row[: len(text)] = torch.tensor(text)
-        self._cache.prefill(torch.tensor(list(texts), device=self._device), longest)
+        positions = torch.arange(start, start + longest, device=self._device)[None]
+        self._cache.place(positions, start + longest, torch.tensor(list(texts), device=self._device))
         return self._hidden_states(tokens.to(self._device))
 
     @torch.inference_mode()
@@ -79,12 +77,13 @@ class Decoder:
         """Put the text of one slot in another's place."""
         self._cache.move(source, target)
 
+    @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Map hidden states (..., C) to logits (..., V)."""
         return self._seen_tokens.all_logits(self._output_projection(hidden_states))
 
     def _step(self, tokens: Tensor, positions: Tensor, used: int) -> Tensor:
-        self._cache.step(positions, used)
+        self._cache.place(positions[:, None], used)
         return self.logits(self._hidden_states(tokens[:, None])[:, 0])
 
     def _hidden_states(self, tokens: Tensor) -> Tensor:

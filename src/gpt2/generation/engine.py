@@ -7,7 +7,8 @@ longer prompt the last ones; when a text has filled the context, its later half 
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import chain
 from typing import Annotated, Literal
 
 import torch
@@ -25,7 +26,7 @@ from gpt2.generation.sampling import draw, score
 from gpt2.model.gpt2 import GPT2Model
 
 MAX_SLOTS = 16  # texts written at once
-PREFILL_TOKENS = 512  # of prompts read at once, so that the texts at work wait little; a longer prompt comes alone
+PREFILL_TOKENS = 256  # of prompts read between two steps, so that the texts at work wait little: chunked prefill
 
 
 class GenerationSettings(SamplingParams):
@@ -63,12 +64,18 @@ class Request:
         self.generated = 0  # tokens
         self.finished = False
         self.cancelled = False  # by its reader; then it finishes at the next token, or before its first
-        self.context_start: int | None = None  # the model sees the tokens from here on
+        self.context_start = 0  # the model sees the tokens from here on
+        self.cached = 0  # of these, the tokens whose keys and values are in the cache
         self.scores: list[tuple[float, dict[int, float]]] = []
         self._logprobs = logprobs
         self._generator = torch.Generator().manual_seed(self.seed)
         self._end_of_text = tokenizer.end_of_text_id
         self._stream = TextStream(tokenizer, *([settings.stop] if settings.stop else []), *stops)
+
+    @property
+    def unread(self) -> list[int]:
+        """The tokens that the model has yet to read."""
+        return self.tokens[self.context_start + self.cached :]
 
     @property
     def finish_reason(self) -> Literal["stop", "length"]:
@@ -90,8 +97,8 @@ class Request:
         return shown + self._stream.finish() if self.finished else shown
 
     def score_prompt(self, logits: Tensor) -> None:
-        """Score the prompt's tokens (T,) but for the first, from the logits before each (T - 1, V)."""
-        self.scores += score(logits, self.tokens[1:], self._logprobs or 0)
+        """Score the next of the prompt's tokens, from the logits before each (T, V)."""
+        self.scores += score(logits, self.tokens[len(self.scores) + 1 :][: len(logits)], self._logprobs or 0)
 
 
 def check_prompt(prompt: str) -> None:
@@ -127,26 +134,30 @@ class Engine:
     def generate(self, waiting: deque[Request]) -> Generator[tuple[Request, str]]:
         """Yield requests with the next part of their texts, token by token, until all have finished.
 
-        Requests may be added to `waiting` meanwhile. Raises UserError if the model gives logits that are not finite.
+        Requests may be added to `waiting` meanwhile, by other threads too. Raises UserError if the model gives logits
+        that are not finite.
         """
         running: list[Request] = []  # in the first slots
         while waiting or running:
-            new = longest = 0
+            for request in [one for one in list(waiting) if one.cancelled]:
+                waiting.remove(request)
+                request.finished = True
+                yield request, ""
+            reads: dict[int, Request] = {}  # by slot, those that the model reads more than a token of
+            for slot, request in enumerate(running):
+                if len(request.unread) > 1 and _fit([*reads.values(), request]):
+                    reads[slot] = request
             while waiting and len(running) < self._decoder.slots:
-                longest = max(longest, min(len(waiting[0].tokens), self.max_len))
-                if new and (new + 1) * longest > PREFILL_TOKENS:
+                request = waiting[0]
+                request.context_start = max(0, len(request.tokens) - self.max_len)
+                if not _fit([*reads.values(), request]):
                     break
-                request = waiting.popleft()
-                if request.cancelled:
-                    request.finished = True
-                    yield request, ""
-                else:
-                    running.append(request)
-                    new += 1
-            if not running:
-                continue
-            for request, logits in zip(running, self._next_logits(running), strict=True):
+                reads[len(running)] = request
+                running.append(waiting.popleft())
+            for request, logits in chain(self._step(running, reads), self._read(reads)):
                 yield request, request.add_token(logits)
+                if len(request.tokens) - request.context_start > self.max_len:
+                    request.context_start, request.cached = len(request.tokens) - max(1, self.max_len // 2), 0
             for slot in reversed(range(len(running))):
                 if running[slot].finished:
                     last = running.pop()
@@ -163,27 +174,36 @@ class Engine:
             advance()
         return ["".join(found) for found in parts.values()]
 
-    def _next_logits(self, running: list[Request]) -> Tensor:
-        """Return the logits (R, V) of the next token of each request, on the CPU."""
-        new, positions = {}, [0] * len(running)
-        for slot, request in enumerate(running):
-            if request.context_start is None:
-                request.context_start = max(0, len(request.tokens) - self.max_len)
-                if request.scores_prompt:
-                    self._score_prompt(slot, request)
-            elif len(request.tokens) - request.context_start > self.max_len:
-                request.context_start = len(request.tokens) - max(1, self.max_len // 2)
-            else:
-                positions[slot] = len(request.tokens) - request.context_start - 1
-                continue
-            new[slot] = request.tokens[request.context_start :]
-        if len(new) == len(running):
-            return self._decoder.prefill(new).cpu()
-        logits = self._decoder.step([request.tokens[-1] for request in running], positions).cpu()
-        return logits.index_copy(0, torch.tensor(list(new)), self._decoder.prefill(new).cpu()) if new else logits
+    def _step(self, running: list[Request], reads: dict[int, Request]) -> Iterator[tuple[Request, Tensor]]:
+        """Read the token that texts have got last; yield these and the logits after it (V,), on the CPU."""
+        steps = {slot: one for slot, one in enumerate(running) if slot not in reads and len(one.unread) == 1}
+        if not steps:
+            return
+        # All take part; what another gets here, at the place that it reads next, is overwritten then.
+        logits = self._decoder.step([one.tokens[-1] for one in running], [one.cached for one in running]).cpu()
+        for slot, request in steps.items():
+            request.cached += 1
+            yield request, logits[slot]
 
-    @torch.inference_mode()
-    def _score_prompt(self, slot: int, request: Request) -> None:
-        """Read the prompt for all of its logits; it is read again for the text."""
-        [hidden_states] = self._decoder.prefill_hidden_states({slot: request.tokens})  # (T, C)
-        request.score_prompt(self._decoder.logits(hidden_states[:-1]).cpu())
+    def _read(self, reads: dict[int, Request]) -> Iterator[tuple[Request, Tensor]]:
+        """Read what fits of texts, by slot; yield those that are read to their end and the logits there (V,)."""
+        if not reads:
+            return
+        requests = list(reads.values())
+        parts = [request.unread[:PREFILL_TOKENS] for request in requests]
+        hidden_states = self._decoder.prefill(dict(zip(reads, parts, strict=True)), requests[0].cached)  # (R, T, C)
+        for request, part, states in zip(requests, parts, hidden_states, strict=True):
+            request.cached += len(part)
+            if request.scores_prompt and not request.generated:
+                followed = len(part) if request.unread else len(part) - 1
+                request.score_prompt(self._decoder.logits(states[:followed]).cpu())
+        if not requests[0].unread:  # else it is the only one, and has more to read
+            ends = hidden_states[range(len(parts)), [len(part) - 1 for part in parts]]
+            yield from zip(requests, self._decoder.logits(ends).cpu(), strict=True)
+
+
+def _fit(requests: list[Request]) -> bool:
+    """Tell whether the model may read these texts at once: one, or several that have few tokens and none read yet."""
+    longest = max(len(request.unread) for request in requests)
+    are_small = len(requests) * longest <= PREFILL_TOKENS and not any(request.cached for request in requests)
+    return len(requests) == 1 or are_small
