@@ -18,6 +18,7 @@ from pydantic import Field
 
 from gpt2.config import champion_uri
 from gpt2.core.cli import Parser, run_command
+from gpt2.core.errors import UserError
 from gpt2.core.fields import MOST, Device, Section
 from gpt2.core.paths import PARAMS
 from gpt2.core.validation import check
@@ -35,7 +36,7 @@ LAST_SECONDS = 2  # for what is left to send when all texts have ended, or been 
 class Options(Section, strict=False):
     """What is set for the whole server; texts are those that clients ask for."""
 
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, lt=2**16)] = 8000
     max_tokens: Annotated[int, Field(gt=0, lt=MOST)] = 1024
     max_waiting: Annotated[int, Field(ge=0, lt=MOST)] = 256
@@ -80,23 +81,32 @@ def main() -> None:
     arguments = parser.parse_args()
     given = {name: text for name in Options.model_fields if (text := getattr(arguments, name)) is not None}
     options = check(Options, given, "settings")
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    listener = socket.create_server((options.host, options.port), family=family)
-
-    name = arguments.model or champion_uri(PARAMS)
-    named, tokenizer = load(name, choose_device_for(options.device, options.quantize))
-    engine = SharedEngine(Engine(named.model, MAX_SLOTS, named.seen, options.quantize))
-    limits = Limits(max_tokens=options.max_tokens, max_waiting=options.max_waiting)
-    app = make_app(engine, tokenizer, named.model.max_len, name, limits, os.environ.get(API_KEY))
-    host, port = listener.getsockname()[:2]
-    inform(f"listens on http://{f'[{host}]' if ':' in host else host}:{port}")
-    server = Server(app, engine, options.grace)
-    server.run([listener])
+    api_key = os.environ.get(API_KEY)
+    if api_key == "":
+        raise UserError(f"{API_KEY} is set, but empty")
+    with listen(options.host, options.port) as listener:
+        name = arguments.model or champion_uri(PARAMS)
+        named, tokenizer = load(name, choose_device_for(options.device, options.quantize))
+        engine = SharedEngine(Engine(named.model, MAX_SLOTS, named.seen, options.quantize))
+        limits = Limits(max_tokens=options.max_tokens, max_waiting=options.max_waiting)
+        app = make_app(engine, tokenizer, named.model.max_len, name, limits, api_key)
+        host, port = listener.getsockname()[:2]
+        inform(f"listens on http://{f'[{host}]' if ':' in host else host}:{port}")
+        server = Server(app, engine, options.grace)
+        server.run([listener])
     deadline = time.monotonic() + LAST_SECONDS
     while engine.unfinished and time.monotonic() < deadline:  # cancelled texts end with their next token
         time.sleep(0.01)
     if server.received:
         sys.exit(128 + server.received)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises OSError, ValueError or UserError if it cannot."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except TypeError:  # some names that IDNA does not allow
+        raise UserError(f"{host} is not an address") from None
 
 
 if __name__ == "__main__":

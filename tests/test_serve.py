@@ -87,6 +87,8 @@ def test_texts_that_take_longer_than_the_grace_are_ended(start: Start) -> None:
     [
         (["--port", "{taken}"], "Address already in use"),
         (["--port", "65536", "--max_tokens", "0"], "port should be less than 65536 ('65536'); max_tokens should be"),
+        (["--host", ""], "host should have at least 1 character"),
+        (["--host", "ä..b"], "ä..b is not an address"),
         (["--max-tokens", "1"], "unrecognized arguments: --max-tokens 1 (did you mean --max_tokens?)"),
         (["--port", "0", "--model", "absent"], "absent does not exist"),
     ],
@@ -101,3 +103,13 @@ def test_mistakes_are_one_line(
             run_command(serve.main)
     line = capsys.readouterr().err
     assert stopped.value.code == 2 and line.startswith("error: ") and message in line and len(line.splitlines()) == 1
+
+
+def test_an_empty_key_does_not_open_the_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--port", "0"])
+    monkeypatch.setenv(serve.API_KEY, "")
+    with pytest.raises(SystemExit):
+        run_command(serve.main)
+    assert capsys.readouterr().err == "error: GPT2_API_KEY is set, but empty\n"

@@ -52,7 +52,7 @@ def params(shipped: dict[str, Any]) -> Callable[..., Params]:
         ({"train.optimizer": {"choices": ["adamw", "adam"]}}, "train.optimizer should be 'adamw' or 'muon' ('adam')"),
         ({"model.d_model": {"choices": [384, 192]}, "model.n_heads": {"choices": [6, 9]}}, "d_model 384 is not a mult"),
         ({"model.max_len": {"choices": [512, 256]}}, "train.sequence_length 512 is more than model.max_len 256"),
-        ({}, "sweep.space Dictionary should have at least 1 item"),
+        ({}, "sweep.space should have at least 1 item"),
     ],
 )
 def test_a_space_that_cannot_be_searched_is_one_line(

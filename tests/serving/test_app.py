@@ -61,9 +61,9 @@ class Served:
         [text] = Engine(self.model, MAX_SLOTS).generate_all([Request(prompt, GenerationSettings(**settings), GPT2)])
         return text
 
-    def wait_until_idle(self) -> None:
+    def wait_until_unfinished(self, texts: int) -> None:
         deadline = time.monotonic() + 30
-        while self.engine.unfinished:
+        while self.engine.unfinished != texts:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
@@ -80,7 +80,7 @@ def served(make_model: Callable[..., GPT2Model]) -> Iterator[Served]:
 def test_the_openai_client_gets_the_text_whole_and_in_parts(served: Served) -> None:
     settings: dict[str, Any] = {"max_tokens": 20, "temperature": 0.7, "top_p": 0.9, "seed": 3}
     with served.client as client:
-        assert [model.id for model in client.models.list()] == [NAME]
+        assert [model.id for model in client.models.list()] == [NAME] == [client.models.retrieve(NAME).id]
         extra = {"top_k": 40, "min_p": 0.001, "repetition_penalty": 1.2}
         whole = client.completions.create(model=NAME, prompt=PROMPT, extra_body=extra, **settings)
         options: Any = {"stream_options": {"include_usage": True}, "extra_body": extra}
@@ -178,7 +178,14 @@ def test_a_text_ends_before_the_first_stop_string_and_so_do_its_tokens(served: S
         ({"prompt": "a", "stop": ["a", ""]}, "stop.1"),
         ({"prompt": "a", "stop": ["a"] * 5}, "stop"),
         ({"prompt": "a", "logprobs": 6}, "logprobs should be less than or equal to 5"),
-        ({"prompt": "a", "seed": 2**31}, "seed should be less than"),
+        ({"prompt": "a", "seed": 2**63}, "seed should be less than"),
+        ({"prompt": "a", "n": MAX_SLOTS + MAX_WAITING + 1}, f"are more than the {MAX_SLOTS + MAX_WAITING} that this"),
+        ({"prompt": "a", "best_of": 2}, "best_of should be less than or equal to 1"),
+        ({"prompt": "a", "frequency_penalty": 0.5}, "frequency_penalty should be less than or equal to 0"),
+        ({"prompt": "a", "presence_penalty": -1}, "presence_penalty should be greater than or equal to 0"),
+        ({"prompt": "a", "logit_bias": {"50256": -100}}, "logit_bias"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"prompt": "a", "stream_options": {"usage": True}}, "stream_options.usage is unknown"),
     ],
 )
@@ -194,11 +201,22 @@ def test_null_is_a_field_that_is_not_given(served: Served) -> None:
     assert served.write(**nulls)["choices"] == served.write()["choices"]
 
 
+def test_what_clients_send_though_it_changes_nothing_is_taken(served: Served) -> None:
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "suffix": None}
+    answer = served.write(**neutral, stream_options={"include_obfuscation": False}, seed=1 + 2**33)
+    assert answer["choices"] == served.write()["choices"]
+    headers = {"Content-Type": "Application/JSON; charset=utf-8", "Authorization": f"bearer {KEY}"}
+    assert served.ask("POST", "/v1/completions", {"prompt": "a"}, **headers)[0] == 200
+    assert [served.ask("HEAD", path) for path in ("/health", "/")] == [(200, "")] * 2
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "headers", "status", "kind"),
     [
         ("POST", "/v1/completions", {"prompt": "a"}, {"Authorization": "Bearer wrong"}, 401, "authentication_error"),
         ("GET", "/v1/models", None, {"Authorization": ""}, 401, "authentication_error"),
+        ("GET", "/v1/models", None, {"Authorization": KEY}, 401, "authentication_error"),
+        ("GET", "/v1/models/other", None, {}, 404, "invalid_request_error"),
         ("POST", "/v1/completions", {"prompt": "a", "model": "other\ud800"}, {}, 404, "invalid_request_error"),
         ("GET", "/v1/complete", None, {}, 404, "invalid_request_error"),
         ("GET", "/v1/completions", None, {}, 405, "invalid_request_error"),
@@ -215,27 +233,24 @@ def test_what_is_refused_has_its_status(
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_full_queue_refuses_and_clients_that_go_free_it(served: Served, stream: bool) -> None:
-    served.wait_until_idle()
-    connections = []
-    for _ in range(2):
+    served.wait_until_unfinished(0)
+    connections, unfinished = [], 0
+    for n in (MAX_SLOTS, MAX_WAITING):
         connection = http.client.HTTPConnection(*served.address, timeout=60)
-        body = {"prompt": "The war", "n": (MAX_SLOTS + MAX_WAITING) // 2, "max_tokens": ENDLESS, "stream": stream}
+        body = {"prompt": "The war", "n": n, "max_tokens": ENDLESS, "stream": stream}
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
         connections.append(connection)
-    deadline = time.monotonic() + 30
-    while served.engine.unfinished < MAX_SLOTS + MAX_WAITING:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        served.wait_until_unfinished(unfinished := unfinished + n)
     with served.client as client, pytest.raises(openai.RateLimitError) as refused:
         client.completions.create(model=NAME, prompt="One nation")
     assert int(refused.value.response.headers["retry-after"]) >= 1
     metrics = samples(served)
     assert (metrics["gpt2_texts_running"], metrics["gpt2_texts_waiting"]) == (MAX_SLOTS, MAX_WAITING)
     assert served.ask("GET", "/health")[0] == 200
-    for connection in connections:
+    for connection, left in ((connections[1], MAX_SLOTS), (connections[0], 0)):  # those that wait go at once, too
         connection.close()
-    served.wait_until_idle()
+        served.wait_until_unfinished(left)
     assert served.write()["usage"]["completion_tokens"] == 16
 
 
@@ -246,7 +261,7 @@ def samples(served: Served) -> dict[str, float]:
 
 
 def test_metrics_count_requests_and_tokens(served: Served) -> None:
-    served.wait_until_idle()
+    served.wait_until_unfinished(0)
     before = samples(served)
     served.write(n=2, max_tokens=5)
     served.ask("POST", "/v1/completions", {})

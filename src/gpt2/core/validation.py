@@ -28,7 +28,7 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         return f"{location} is unknown" + (f" (did you mean {near[0]}?)" if near else "")
     if problem["type"] == "missing":
         return f"{location} is missing"
-    message = problem["msg"].replace("Input should", "should").removeprefix("Value error, ")
+    message = re.sub(r"\b(Input|String|List|Dictionary) should", "should", problem["msg"]).removeprefix("Value error, ")
     if isinstance(problem["input"], dict) and problem["type"] == "value_error":  # a conflict between values
         return f"{location}: {message}".removeprefix(": ")
     try:

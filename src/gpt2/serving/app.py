@@ -78,6 +78,12 @@ def make_app(
     app.state.draining = False
     metrics, started = Metrics(engine), int(time.time())
 
+    model = {"id": name, "object": "model", "created": started, "owned_by": "gpt2"}
+
+    def check_name(asked: str) -> None:
+        if asked != name:
+            raise HTTPException(404, f"there is no model {asked}; this server has {name}")
+
     def refuse(status: int, message: str, headers: Any = None) -> Response:
         metrics.requests.labels(status).inc()
         return as_json(error_body(status, message), status, headers)
@@ -99,15 +105,16 @@ def make_app(
         return refuse(500, "internal error")
 
     async def authorize(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if api_key and not hmac.compare_digest(given.encode("latin-1"), api_key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_right = scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), (api_key or "").encode())
+        if api_key and not is_right:
             raise HTTPException(401, "the API key is missing or wrong", {"WWW-Authenticate": "Bearer"})
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     def health() -> Response:
         return as_json({"status": "stopping"}, 503) if app.state.draining else as_json({"status": "ok"})
 
@@ -117,19 +124,25 @@ def make_app(
 
     @app.get("/v1/models", dependencies=[Depends(authorize)])
     def models() -> Response:
-        model = {"id": name, "object": "model", "created": started, "owned_by": "gpt2"}
         return as_json({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{asked:path}", dependencies=[Depends(authorize)])
+    def model_named(asked: str) -> Response:
+        check_name(asked)
+        return as_json(model)
 
     @app.post("/v1/completions", dependencies=[Depends(authorize)])
     async def complete(request: Request) -> Response:
         began = time.monotonic()
         body = await read_body(request)
         asked, choices = await asyncio.to_thread(read_choices, body, limits.max_tokens, tokenizer, max_len)
-        if asked.model not in (None, name):
-            raise HTTPException(404, f"there is no model {asked.model}; this server has {name}")
+        check_name(asked.model or name)
         if app.state.draining:
             raise HTTPException(503, "the server is stopping", {"Retry-After": "10"})
-        if engine.unfinished + len(choices) > MAX_SLOTS + limits.max_waiting:
+        room = MAX_SLOTS + limits.max_waiting
+        if len(choices) > room:
+            raise UserError(f"request: {len(choices)} texts are more than the {room} that this server takes")
+        if engine.unfinished + len(choices) > room:
             raise HTTPException(429, "too many texts are waiting; try again later", {"Retry-After": "1"})
         parts = follow(engine, choices, asked.stream, metrics, began)
         await anext(parts)  # begins the texts; and then a generator that is dropped ends them
@@ -150,7 +163,7 @@ def make_app(
 
 async def read_body(request: Request) -> bytes:
     """Return a request's body. Raises HTTPException if it is too long, or not said to be JSON."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "the Content-Type should be application/json")  # no other site's form can send that
     body = bytearray()
     async for chunk in request.stream():
@@ -198,8 +211,9 @@ async def follow(engine: SharedEngine, choices: list[Choice], each_part: bool, m
                 if isinstance(part, HTTPException):
                     raise part
                 if isinstance(part, Exception):
-                    logger.error("a text failed", exc_info=part)
-                    raise HTTPException(500, str(part) if isinstance(part, UserError) else "internal error")
+                    is_known = isinstance(part, UserError)
+                    logger.error("a text failed: %s", part, exc_info=None if is_known else part)
+                    raise HTTPException(500, str(part) if is_known else "internal error")
                 running -= part is None
                 grown[index] = (grown.get(index, ("", False))[0] + (part or ""), part is None)
             if is_first:

@@ -1,6 +1,6 @@
 """OpenAI's completions: what a request may ask for, and what a response says of its texts."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -33,6 +33,7 @@ def _stops(value: Any) -> Any:
 
 class StreamOptions(Section):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Completion(SamplingParams):
@@ -44,12 +45,18 @@ class Completion(SamplingParams):
     max_tokens: Natural = 16
     n: Annotated[int, Field(gt=0, le=MAX_CHOICES)] = 1
     stop: Annotated[list[Stop], BeforeValidator(_stops)] = Field(default_factory=list, max_length=4)
-    seed: Natural | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None  # who asks, on which nothing depends
+    # Clients send these at the values that change nothing; no other is supported.
+    best_of: Annotated[int, Field(ge=1, le=1)] = 1
+    frequency_penalty: Annotated[Float, Field(ge=0, le=0)] = 0.0
+    presence_penalty: Annotated[Float, Field(ge=0, le=0)] = 0.0
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] = Field(default_factory=dict)
+    suffix: Annotated[str, Field(max_length=0)] = ""
 
 
 def read_completion(raw: Any, max_tokens: int) -> Completion:
@@ -93,6 +100,10 @@ class Choice:
         """How many tokens were written so far."""
         return min(self.request.generated, self._asked.max_tokens)  # one is written for max_tokens 0, and not told
 
+    @property
+    def _finish_reason(self) -> str:
+        return self.request.finish_reason if self._asked.max_tokens else "length"
+
     def tell(self, text: str, ended: bool) -> dict[str, Any]:
         """Return what a response says of the next part of the text, or of the whole."""
         text, self._lead = self._lead + (text if self._asked.max_tokens else ""), ""
@@ -101,7 +112,7 @@ class Choice:
             "index": self._index,
             "text": text,
             "logprobs": None if self._asked.logprobs is None else self._tell_tokens(),
-            "finish_reason": self.request.finish_reason if ended else None,
+            "finish_reason": self._finish_reason if ended else None,
         }
 
     def _tell_tokens(self) -> dict[str, list[Any]]:
