@@ -34,6 +34,7 @@ from gpt2.evaluation.attention_weights import attention_weights
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
 from gpt2.model.gpt2 import GPT2Model, MultiHeadAttention
 from gpt2.report.attention import draw_heads, token_labels
+from gpt2.report.figures import png, same_style
 from gpt2.report.terminal import (
     COLUMN,
     WIDTH,
@@ -252,10 +253,10 @@ def attention(text: str, folder: Path) -> list[Check]:
     print(f"\nlayer {layer}, head {head}, the most decided one, in percent")
     print(terminal_map(weights[layer, head], labels))
     path = folder / "attention.png"
-    figure = draw_heads(weights, labels, [(layer, head) for layer in range(layers) for head in range(heads)])
-    figure.suptitle(f"Attention of {name}, all layers and heads", fontsize=11)
-    with atomic_write(path) as partial_path:
-        figure.savefig(partial_path, format="png", metadata={"Software": None})
+    with same_style(), atomic_write(path) as partial_path:
+        figure = draw_heads(weights, labels, [(layer, head) for layer in range(layers) for head in range(heads)])
+        figure.suptitle(f"Attention of {name}, all layers and heads", fontsize=11)
+        partial_path.write_bytes(png(figure))
     print(f"\nall heads as a picture: {min(str(path), os.path.relpath(path), key=len)}")
     return [
         Check("attention: every row of weights sums to 1", bool(((weights.sum(-1) - 1).abs() < 1e-5).all())),

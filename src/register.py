@@ -25,7 +25,7 @@ from gpt2.tracking.registry import TEST_LOSS, register, unchanged_parent, uri_of
 from gpt2.tracking.runs import lineage_tags, mirror_run
 from gpt2.tracking.store import charts_address, repair
 from gpt2.training.checkpoints import Checkpoints
-from gpt2.training.optimizers import shared_steps
+from gpt2.training.optimizers import steps_before_decay
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def register_results() -> None:
     print(f"run {run.info.run_name}: {run.info.run_id}")
     print(f"charts of all runs: {charts}")
     print(verdict)
-    Checkpoints(checkpoint_folder(lineage["train_key"]), shared_steps(params.train)).finish()
+    Checkpoints(checkpoint_folder(lineage["train_key"]), steps_before_decay(params.train)).finish()
     # The same results leave the same receipt, whatever ids and version numbers the store gave them.
     write_json(RECEIPT, {"name": name, "alias": alias, **made_from, **measured})
 

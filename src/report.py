@@ -25,7 +25,7 @@ from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import load_model, read_config
 from gpt2.report import tables
 from gpt2.report.attention import draw_heads, token_labels
-from gpt2.report.figures import draw_all, png
+from gpt2.report.figures import draw_all, png, same_style
 from gpt2.report.page import Results, page
 
 PASSAGE_TOKENS = 250  # coloured by surprise
@@ -130,7 +130,8 @@ def draw_attention(model: GPT2Model, tokenizer: Tokenizer, params: ReportParams)
     count = min(params.heads, layers * heads)
     chosen = [divmod(i * layers * heads // count, heads) for i in range(count)]
     labels = token_labels([tokenizer.decode([token]) for token in tokens])
-    return {"attention": png(draw_heads(weights.float().cpu(), labels, chosen))}
+    with same_style():
+        return {"attention": png(draw_heads(weights.float().cpu(), labels, chosen))}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import itertools
 
 import pandas as pd
 
-from gpt2.config import SampleParams, SamplingParams, load_params
+from gpt2.config import SampleParams, load_params
 from gpt2.core.cli import run_command
 from gpt2.core.device import choose_device, use_threads
 from gpt2.core.files import write_json, write_text
@@ -19,7 +19,7 @@ from gpt2.core.paths import METRICS, MODEL, PARAMS, SAMPLES, TOKENS
 from gpt2.core.progress import Progress
 from gpt2.data.batches import load_tokens
 from gpt2.data.tokenizer import Tokenizer, load_tokenizer
-from gpt2.evaluation.text_metrics import measure
+from gpt2.evaluation.text_metrics import describe_settings, measure
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
 from gpt2.model.weights import load_model, short_name
 
@@ -68,13 +68,8 @@ def page(table: pd.DataFrame) -> str:
     for prompt, rows in table.groupby("prompt", sort=False):
         parts.append(f"## {' '.join(str(prompt).split())}\n")
         for row in rows.to_dict("records"):
-            setting = ", ".join(
-                f"{name} {row[name]}"
-                for name in (*SamplingParams.model_fields, "seed")
-                if pd.notna(row[name]) and (name, row[name]) != ("repetition_penalty", 1)
-            )
             text = f"**{prompt}**{row['text']}".replace("\n", "\n> ")
-            parts.append(f"*{setting}*\n\n> {text}\n")
+            parts.append(f"*{describe_settings(row)}*\n\n> {text}\n")
     return "\n".join(parts)
 
 

@@ -1,6 +1,7 @@
 """Stage train: a GPT-2 learns the training split; its weights go to data/model, its curves to data/plots."""
 
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +25,10 @@ from gpt2.model.weights import SEEN_TOKENS, save_model
 from gpt2.tracking.lineage import (
     Lineage,
     checkpoint_folder,
+    checkpoint_to_extend,
     collect_lineage,
     describe_saved_trainings,
     first_lineage,
-    shared_checkpoint,
     with_parent,
 )
 from gpt2.tracking.named_models import NamedModel, load_parent
@@ -35,7 +36,7 @@ from gpt2.tracking.runs import NO_LOG, training_run
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.distributed import first_only, from_first, is_first, is_launcher, launch, process_group
 from gpt2.training.history import write_curves
-from gpt2.training.optimizers import shared_steps
+from gpt2.training.optimizers import steps_before_decay
 from gpt2.training.parallel import gathered
 from gpt2.training.run import build_model, check_shape, run_training, take_weights
 
@@ -48,7 +49,12 @@ def main() -> None:
         for folder in checkpoint_folder("").glob("*/"):
             Checkpoints(folder).remove()
         return
-    params = load_params(PARAMS)
+    try:
+        params = load_params(PARAMS)
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":  # the first of several processes tells it
+            sys.exit(2)
+        raise
     if is_launcher(params.train):
         launch(params.train.nproc_per_node)
     with process_group(params.runtime.device) as device:
@@ -68,11 +74,11 @@ def train_model(params: Params, device: torch.device) -> None:
         del parent  # it takes memory
     print(f"{model.count_parameters():,} parameters", flush=True)
     train_tokens, val_tokens = (load_tokens(TOKENS / f"{split}.bin") for split in ("train", "val"))
-    checkpoints = Checkpoints(checkpoint_folder(lineage["train_key"]), shared_steps(params.train))
+    checkpoints = Checkpoints(checkpoint_folder(lineage["train_key"]), steps_before_decay(params.train))
 
     def write_model(whole: GPT2Model, folder: Path) -> str:
-        shared = seen if params.train.fused else None
-        return save_model(whole, config, folder, params.train, shared, TOKENS / TOKENIZER_FILE)
+        mask = seen if params.train.fused else None
+        return save_model(whole, config, folder, params.train, mask, TOKENS / TOKENIZER_FILE)
 
     # One that DVC has left behind when it was killed may still run here, perhaps with other parameters.
     alone = file_lock(CHECKOUT_LOCK, "another training writes to this checkout")
@@ -107,7 +113,7 @@ def train_model(params: Params, device: torch.device) -> None:
 
 
 def read_inputs(params: Params, config: ModelConfig, threads: int) -> tuple[Lineage, SeenMask, NamedModel | None]:
-    """Return what the training is made from, which tokens it has (V,), and the model that it starts from, if any.
+    """Return what the training is made from, which tokens have rows of their own (V,), and the model to start from.
 
     Raises UserError if that model does not fit.
     """
@@ -129,7 +135,7 @@ def take_saved_steps(lineage: Lineage, checkpoints: Checkpoints) -> Lineage:
     lineage = first_lineage(lineage)
     for line in describe_saved_trainings(lineage):
         print(f"{line}; `python src/train.py --remove-checkpoints` deletes them", flush=True)
-    if checkpoints.is_empty() and (path := shared_checkpoint(lineage)):
+    if checkpoints.is_empty() and (path := checkpoint_to_extend(lineage)):
         print(f"going on from {path}, which has the same first steps", flush=True)
         checkpoints.go_on_from(path)
     return lineage

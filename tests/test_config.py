@@ -83,6 +83,10 @@ def test_unknown_name_gets_no_far_fetched_guess(problem: Callable[..., str]) -> 
 
 def test_settings_of_several_processes_agree(problem: Callable[..., str]) -> None:
     assert "train: nproc_per_node 2 needs launcher torchrun" in problem(train__nproc_per_node=2)
+    assert "train: batch_size 8 is not a multiple of nproc_per_node 3" in problem(
+        train__nproc_per_node=3, train__launcher="torchrun"
+    )
+    assert "runtime.device cuda:1 is for one process" in problem(runtime__device="cuda:1", train__nproc_per_node=2)
     assert "train: parallel fsdp needs initialization random" in problem(
         train__nproc_per_node=1, train__parallel="fsdp"
     )
@@ -254,6 +258,7 @@ def test_a_source_that_dvc_does_not_watch_is_told_so(problem: Callable[..., str]
     assert "should be sotu, hf:owner/dataset, or lie below data/raw, where DVC sees changes (/etc/hosts)" in problem(
         prepare__source="/etc/hosts"
     ).replace("'", "")
+    assert "should have ** only as the whole name of a folder" in problem(prepare__source="data/raw/**.txt")
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,8 @@ class TrainParams(Section):
             )
         if self.launcher == "none" and self.nproc_per_node > 1:
             raise ValueError(f"nproc_per_node {self.nproc_per_node} needs launcher torchrun")
+        if self.launcher == "torchrun" and self.batch_size % self.nproc_per_node:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of nproc_per_node {self.nproc_per_node}")
         if self.parallel == "fsdp" and self.initialization == "bigrams" and not self.init_from:
             raise ValueError("parallel fsdp needs initialization random, since bigrams need the whole model")
         return self
@@ -235,6 +237,8 @@ class Params(Section):
                 conflicts.append("train.initialization bigrams needs model.tie_weights false")
             if self.model.d_model < 3:
                 conflicts.append(f"train.initialization bigrams needs model.d_model 3 or more ({self.model.d_model})")
+        if self.train.launcher == "torchrun" and self.runtime.device not in ("auto", "cpu", "cuda"):
+            conflicts.append(f"runtime.device {self.runtime.device} is for one process; train.launcher starts several")
         if conflicts:
             raise ValueError("; ".join(conflicts))
         return self

@@ -89,6 +89,8 @@ def test_order_of_documents_does_not_depend_on_the_file_system(tmp_path: Path, m
         ("texts/deep/[cd].*", "*.py", ["d.py"]),
         ("texts/odd[1].txt", None, ["odd[1].txt"]),
         ("texts/d*", None, ["deep/c.txt"]),
+        ("texts/**", None, ["a.txt", "b.md", "deep/c.txt"]),
+        ("texts", "*/*.py", ["deep/d.py"]),
         ("texts/deep*", "*.txt", ["deep/c.txt"]),
         ("texts/e.py", None, ["e.py"]),
     ],

@@ -2,6 +2,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -138,3 +139,12 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch, error_l
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for name in ("hf:gpt2", "hf:no/such/name"):
         assert "cannot be had from the Hugging Face hub" in error_line(lambda: load_huggingface(name))  # noqa: B023
+
+
+@pytest.mark.parametrize(("error", "reason"), [(RuntimeError(), "RuntimeError"), (EOFError("cut\nshort"), "cut")])
+def test_whatever_a_download_raises_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error_line: ErrorLine, error: Exception, reason: str
+) -> None:
+    monkeypatch.setattr("gpt2.model.huggingface.snapshot_download", Mock(side_effect=error))
+    line = error_line(lambda: load_huggingface("hf:owner/name"))
+    assert line == f"error: hf:owner/name cannot be had from the Hugging Face hub: {reason}\n"

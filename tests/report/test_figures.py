@@ -7,9 +7,11 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
 
-from gpt2.report.figures import FIGURES, INK, MOST_ROWS, PAPER, draw_all, for_page, perplexity, png
+from gpt2.report.attention import draw_heads
+from gpt2.report.figures import FIGURES, INK, MOST_ROWS, PAPER, draw_all, for_page, perplexity, png, same_style
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,16 @@ def test_equal_tables_give_equal_pictures(tables: dict[str, pd.DataFrame]) -> No
         inlined = for_page(picture)
         assert ET.fromstring(inlined).tag.endswith("svg")
         assert "currentColor" in inlined and INK not in inlined and PAPER not in inlined
+
+
+def test_a_picture_of_heads_is_the_same_whatever_a_matplotlibrc_says() -> None:
+    def drawn() -> bytes:
+        with same_style():
+            return png(draw_heads(torch.tensor([[[[1.0, 0], [0.5, 0.5]]]]), ["a", "\U0010ffff"], [(0, 0)]))
+
+    expected = drawn()
+    with matplotlib.rc_context({"savefig.dpi": 300, "font.family": "serif", "text.usetex": True}):
+        assert drawn() == expected
 
 
 def test_png_tells_neither_time_nor_version() -> None:

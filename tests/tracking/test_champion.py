@@ -20,7 +20,16 @@ from gpt2.data.tokenizer import VOCAB_SIZE, gpt2_tokenizer, load_tokenizer
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.weights import save_model
 from gpt2.tracking import champion
-from gpt2.tracking.champion import STRIDE, TOKENIZER, VAL_LOSS, VAL_SHA256, VERDICT, choose_champion, promote
+from gpt2.tracking.champion import (
+    STRIDE,
+    TOKENIZER,
+    VAL_LOSS,
+    VAL_SHA256,
+    VERDICT,
+    _is_new,
+    choose_champion,
+    promote,
+)
 from gpt2.tracking.local_registry import MODEL_SHA256
 from gpt2.tracking.registry import TEST_LOSS, fetch_model, unchanged_parent
 from gpt2.tracking.runs import PARENT, PARENT_SHA256
@@ -139,6 +148,16 @@ def test_no_model_is_scored_on_what_it_was_trained_on(registry: Registry) -> Non
     registry.choose(registry.make(9, 5.0, trained_on="ca"))
     said = registry.choose(registry.make(1, 5.0, **{VAL_SHA256: "another"}))
     assert "version 2 is champion: scored again on 1 of 2 validation documents" in said
+
+
+def test_nor_on_a_text_that_was_cut_elsewhere() -> None:
+    def documents(**split_of: str) -> pd.DataFrame:
+        names = [name.replace("_", "[", 1).replace("_", ":") + ("]" if "_" in name else "") for name in split_of]
+        return pd.DataFrame({"document": names, "sha256": list(split_of), "split": list(split_of.values())})
+
+    known = documents(a_0_5="train", a_5_9="val", b="train", c_0_4="test", d_0_4="val", e="train")
+    asked = documents(a_0_5="val", a_0_6="val", a_5_9="val", a="val", b_0_2="val", c_0_3="val", e="val", f="val")
+    assert _is_new(asked, known).tolist() == [False, False, True, False, False, True, False, True]
 
 
 def test_nor_on_what_it_started_from_was_trained_on(registry: Registry) -> None:

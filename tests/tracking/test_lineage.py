@@ -18,6 +18,7 @@ from gpt2.tracking import lineage
 from gpt2.tracking.lineage import (
     Lineage,
     changes_since_commit,
+    checkpoint_to_extend,
     collect_lineage,
     describe_saved_trainings,
     differences,
@@ -25,7 +26,6 @@ from gpt2.tracking.lineage import (
     flatten,
     hash_of,
     run_key,
-    shared_checkpoint,
     with_parent,
 )
 from gpt2.tracking.runs import PARENT, PARENT_SHA256, lineage_tags
@@ -166,7 +166,7 @@ def test_a_training_goes_on_from_the_last_checkpoint_that_another_shares_with_it
         return first_lineage(collect_lineage(params(**changes), threads=1))
 
     def found(**changes: Any) -> Path | None:
-        return shared_checkpoint(collect_lineage(params(**changes), threads=1))
+        return checkpoint_to_extend(collect_lineage(params(**changes), threads=1))
 
     paths = {}
     for max_steps, steps in ((80, (20, 40, 60)), (160, (40, 60, 100))):  # they share 40 and 80 steps

@@ -90,7 +90,7 @@ def test_last_checkpoint_that_a_longer_training_shares_is_kept_and_replaces_that
     tmp_path: Path, trained: Train
 ) -> None:
     for key, steps in (("one", (2, 4, 6, 8)), ("other", (1, 3, 7, 9, 11))):
-        checkpoints = Checkpoints(tmp_path / key, shared_steps=5)
+        checkpoints = Checkpoints(tmp_path / key, steps_before_decay=5)
         with checkpoints.locked():
             for step in steps:
                 checkpoints.save(step, *trained(0), {})
@@ -100,7 +100,7 @@ def test_last_checkpoint_that_a_longer_training_shares_is_kept_and_replaces_that
         checkpoints.finish()
         assert [path.name for path in tmp_path.iterdir()] == ["finished"]
         assert [int(path.name[:10]) for path in (tmp_path / "finished").iterdir()] == [shared]
-    Checkpoints(tmp_path / "none", shared_steps=5).finish()
+    Checkpoints(tmp_path / "none", steps_before_decay=5).finish()
     assert [path.name for path in tmp_path.iterdir()] == ["finished"]
 
 

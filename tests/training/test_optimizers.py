@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from gpt2.config import TrainParams
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.training.muon import Muon
-from gpt2.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates, shared_steps
+from gpt2.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates, steps_before_decay
 
 MakeModel = Callable[..., GPT2Model]
 MakeTrainParams = Callable[..., TrainParams]
@@ -27,7 +27,7 @@ def test_trainings_share_the_steps_before_the_first_decay(
         make_train_params(max_steps=count, decay_fraction=fraction, warmup_steps=warmup_steps)
         for count, fraction in zip(steps, fractions, strict=True)
     )
-    shared = min(shared_steps(one), shared_steps(other))
+    shared = min(steps_before_decay(one), steps_before_decay(other))
     assert 0 <= shared < min(steps)
     factors = [[learning_rate_factor(step, params) for step in range(shared)] for params in (one, other)]
     assert factors[0] == factors[1]
@@ -35,7 +35,7 @@ def test_trainings_share_the_steps_before_the_first_decay(
 
 @pytest.mark.parametrize(("fraction", "shared"), [(0, 79), (0.01, 79), (0.5, 40), (0.99, 0), (1, 0)])
 def test_no_step_that_could_be_shared_is_lost(make_train_params: MakeTrainParams, fraction: float, shared: int) -> None:
-    assert shared_steps(make_train_params(max_steps=80, decay_fraction=fraction)) == shared
+    assert steps_before_decay(make_train_params(max_steps=80, decay_fraction=fraction)) == shared
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from gpt2.model.gpt2 import GPT2Model, PositionwiseFeedForward
 from gpt2.model.seen_tokens import SeenTokens, keep_rows
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.history import LogWeights
-from gpt2.training.optimizers import shared_steps
+from gpt2.training.optimizers import steps_before_decay
 from gpt2.training.run import build_model, check_shape, initialize, run_training, take_weights, use_fused_parts
 from gpt2.training.trainer import Trainer
 from gpt2.training.training_log import TrainingLog
@@ -588,7 +588,8 @@ def test_extended_training_equals_an_unbroken_one(
     given_losses[7] = 1.0
     unbroken, metrics, history = run(**long)
     first, second = (
-        Checkpoints(tmp_path / str(one["max_steps"]), shared_steps(make_train_params(**one))) for one in (short, long)
+        Checkpoints(tmp_path / str(one["max_steps"]), steps_before_decay(make_train_params(**one)))
+        for one in (short, long)
     )
     model, steps = make_model(dropout=0.2), itertools.count(1)
 
@@ -603,11 +604,11 @@ def test_extended_training_equals_an_unbroken_one(
         run(model, first, **short)
     if ends == "never":
         first.finish()
-        first = Checkpoints(tmp_path / "finished", first.shared_steps)
-    shared = first.shared()
+        first = Checkpoints(tmp_path / "finished", first.steps_before_decay)
+    shared = first.before_decay()
     assert (
         shared
-        and saved_steps(shared.parent)[0] == first.shared_steps == {0: 6, 0.25: 5, 0.5: 3}[kind["decay_fraction"]]
+        and saved_steps(shared.parent)[0] == first.steps_before_decay == {0: 6, 0.25: 5, 0.5: 3}[kind["decay_fraction"]]
     )
     with second.locked():
         second.go_on_from(shared)

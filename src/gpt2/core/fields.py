@@ -16,6 +16,8 @@ def _source(name: str) -> str:
     is_dataset = re.fullmatch(r"hf:(?!data/)\w[\w.-]*(/\w[\w.-]*)?(:[^:@]+)?(@[\w./-]+)?", name)
     if name != "sotu" and not is_dataset and (parts[:2] != ("data", "raw") or ".." in parts):
         raise ValueError("should be sotu, hf:owner/dataset, or lie below data/raw, where DVC sees changes")
+    if any("**" in part and part != "**" for part in parts):  # another glob in each version of Python
+        raise ValueError("should have ** only as the whole name of a folder")
     return name
 
 

@@ -17,16 +17,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's pattern
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # which stand for the 256 bytes
+    byte_of = {letter: byte for byte, letter in byte_letters().items()}
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=letters, show_progress=False
+        vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=sorted(byte_of), show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
     ids = bpe.get_vocab()
     if len(ids) < vocab_size - 1:
         raise UserError(f"prepare.vocab_size {vocab_size} is more than the {len(ids) + 1} that the train split gives")
-    # Bytes that Latin-1 can print are their own letters, and come first (Radford et al. 2019, encoder.py).
-    order = sorted(range(256), key=lambda byte: byte == ord(" ") or not chr(byte).isprintable())
-    byte_of = dict(zip(letters, order, strict=True))
     tokens = (bytes(byte_of[letter] for letter in token) for token in sorted(ids, key=ids.__getitem__))
     write_tokenizer(tokens, file)
+
+
+def byte_letters() -> dict[int, str]:
+    """Return the letter by which GPT-2 writes each byte (Radford et al. 2019, encoder.py).
+
+    Bytes that Latin-1 can print are their own letters, and come first.
+    """
+    order = sorted(range(256), key=lambda byte: byte == ord(" ") or not chr(byte).isprintable())
+    return dict(zip(order, sorted(pre_tokenizers.ByteLevel.alphabet()), strict=True))

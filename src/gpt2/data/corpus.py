@@ -181,16 +181,22 @@ def _chooser(params: PrepareParams, root: Path) -> Callable[[Path], bool]:
     """Return whether a file is of the source: by its glob or prepare.files, or else by a known format."""
     if params.source.startswith(PREFIX):
         return lambda _: True
+    base = root / _base(params.source, root)
+
+    def is_named(file: Path) -> bool:
+        return not params.files or file.relative_to(base).match(params.files)
+
     if _base(params.source, root) == params.source:
-        return lambda file: file.match(params.files) if params.files else reader_of(file) is not None
+        return lambda file: is_named(file) if params.files else reader_of(file) is not None
     try:
-        found = set(root.glob(params.source))
+        # A glob that ends in ** finds files too from Python 3.13 on, if it has no slash behind.
+        found = set(root.glob(f"{params.source}/" if params.source.endswith("**") else params.source))
     except ValueError as error:
         raise UserError(f"prepare.source {params.source} is no glob: {error}") from None
 
     def is_chosen(file: Path) -> bool:
         is_found = file in found or (not found.isdisjoint(file.parents) and reader_of(file) is not None)
-        return is_found and (not params.files or file.match(params.files))
+        return is_found and is_named(file)
 
     return is_chosen
 

@@ -72,7 +72,7 @@ def mean_loss(model: GPT2Model, tokens: Tokens, stride: int, batch_size: int, na
     """Return the mean loss of tokens (N,) in nats. Raises UserError if it is not finite; see also `predictions`."""
     total = 0.0
     for logits, targets in predictions(model, tokens, stride, batch_size, name):
-        total += F.cross_entropy(logits, targets, reduction="none").double().sum().item()
+        total += F.cross_entropy(logits, targets, reduction="none").cpu().double().sum().item()
     return check_finite(total / len(tokens))
 
 

@@ -1,21 +1,33 @@
-"""Metrics of generated texts: diversity, repetition, copying.
+"""Generated texts: their settings in words, and metrics of diversity, repetition and copying.
 
 A text is the tokens that were written, without the prompt, which is not the model's. An n-gram is n tokens side by side
 in one text, so none begins in a prompt. Shapes: N tokens of a corpus, S places in a piece of it, G n-grams.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from gpt2.config import SamplingParams
 from gpt2.data.batches import TokenArray, Tokens
 
 Texts = Sequence[Sequence[int]]
 Ngram = tuple[int, ...]
 
 CHUNK = 2**18  # tokens of the corpus looked at at once
+
+
+def describe_settings(row: Mapping[Any, Any]) -> str:
+    """Return the settings and the seed of a row of samples.csv in words, without those that change nothing."""
+    names = [name for name in (*SamplingParams.model_fields, "seed") if name in row]
+    numbers = {name: float(row[name]) for name in names if pd.notna(row[name]) and row[name] != ""}
+    if numbers.get("repetition_penalty") == 1:
+        del numbers["repetition_penalty"]
+    return ", ".join(f"{name} {int(one) if one.is_integer() else one}" for name, one in numbers.items())
 
 
 def measure(texts: Texts, training: Tokens) -> dict[str, float]:

@@ -7,8 +7,7 @@ import gguf
 import tiktoken
 
 from gpt2.config import ModelConfig
-from gpt2.core.errors import UserError
-from gpt2.export.tokenizer import is_gpt2s, merges_of, vocabulary_of
+from gpt2.export.tokenizer import merges_of, vocabulary_of
 from gpt2.model.gpt2 import GPT2Model
 from gpt2.model.huggingface import LAYER_NORM_EPSILON, is_transposed, to_huggingface
 
@@ -18,9 +17,7 @@ NOTE = (
 
 
 def write(model: GPT2Model, config: ModelConfig, encoding: tiktoken.Encoding, origin: str, path: Path) -> None:
-    """Write the file `path`. Raises OSError, UserError for a tokenizer that llama.cpp lacks."""
-    if not is_gpt2s(encoding):
-        raise UserError("llama.cpp knows no tokenizer that splits words as this model's does")
+    """Write the file `path`. Raises OSError."""
     if config.activation == "gelu":
         print(NOTE, file=sys.stderr)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])

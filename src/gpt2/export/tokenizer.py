@@ -4,19 +4,11 @@ import itertools
 from typing import Any
 
 import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str
 
+from gpt2.data.bpe import byte_letters
 from gpt2.data.tokenizer import END_OF_TEXT
 
-# GPT-2 writes a byte as a character of its own: printable ones as they are, the others from U+0100 on.
-PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-CHARACTERS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(OTHERS)}
-
-
-def is_gpt2s(encoding: tiktoken.Encoding) -> bool:
-    """Tell whether text is split into words as GPT-2 does it."""
-    return encoding._pat_str == r50k_pat_str
+LETTERS = byte_letters()
 
 
 def vocabulary_of(encoding: tiktoken.Encoding) -> dict[str, int]:
@@ -47,11 +39,9 @@ def merges_of(encoding: tiktoken.Encoding) -> list[tuple[str, str]]:
 def tokenizer_json(encoding: tiktoken.Encoding) -> dict[str, Any]:
     """Return the encoding as the tokenizer.json of Hugging Face's tokenizers, which takes "<|endoftext|>" for special.
 
-    GPT-2's pattern is built into its ByteLevel; any other stands in the file.
+    Its ByteLevel splits words by GPT-2's pattern, as all encodings of this project do.
     """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated", "invert": False}
-    words = {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]}
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     special = sorted((encoding.encode_single_token(token), token) for token in encoding.special_tokens_set)
     return {
@@ -60,7 +50,7 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [{"id": number, "content": token} | added for number, token in special],
         "normalizer": None,
-        "pre_tokenizer": byte_level if is_gpt2s(encoding) else words,
+        "pre_tokenizer": byte_level,
         "post_processor": byte_level | {"trim_offsets": False},
         "decoder": byte_level,
         "model": {
@@ -91,4 +81,4 @@ def tokenizer_config(max_len: int) -> dict[str, Any]:
 
 
 def _written(token: bytes) -> str:
-    return "".join(CHARACTERS[byte] for byte in token)
+    return "".join(LETTERS[byte] for byte in token)

@@ -184,6 +184,6 @@ def _download(name: str) -> Path:
     patterns = [CONFIG, WEIGHTS, TOKENIZER, TOKENIZER_FILE]
     try:
         return Path(snapshot_download(repository, revision=commit or None, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # offline, not there, or no name that the hub could have
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of many libraries: offline, not there, or no name that the hub could have
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"hf:{name} cannot be had from the Hugging Face hub: {reason}") from None

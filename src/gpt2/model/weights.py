@@ -45,9 +45,9 @@ def save_model(
     """Write a model folder in place of the present one; return the weights' SHA-256.
 
     Its configuration also tells the parameters that the model was trained with, if they are given; `seen` (V,), which
-    tokens its training text has, if the others have equal rows in the output projection; `tokenizer` is the file of one
-    that is not GPT-2's, copied if it exists. The same weights give the same bytes. Tied weights are written once, as
-    token_embedding. Raises OSError.
+    tokens have rows of their own in the output projection, if those of all others are equal; `tokenizer` is the file of
+    one that is not GPT-2's, copied if it exists. The same weights give the same bytes. Tied weights are written once,
+    as token_embedding. Raises OSError.
     """
     state = _stored(model, config)
     with atomic_write(folder) as partial:

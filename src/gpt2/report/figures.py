@@ -3,7 +3,9 @@
 import io
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,9 +37,15 @@ NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # they name 
 
 def draw_all(tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
     """Return as SVG all pictures that the tables have numbers for; equal tables give equal text."""
-    # Whatever a matplotlibrc says; and names of documents may have characters that the font lacks.
-    with style.context(["default", STYLE]), warnings.catch_warnings(action="ignore", category=UserWarning):
+    with same_style(STYLE):
         return {name: _svg(draw(tables[table])) for name, (draw, table) in FIGURES.items() if table in tables}
+
+
+@contextmanager
+def same_style(*changes: dict[str, Any]) -> Iterator[None]:
+    """Draw and save alike whatever a matplotlibrc says, and without warnings of characters that the font lacks."""
+    with style.context(["default", *changes]), warnings.catch_warnings(action="ignore", category=UserWarning):
+        yield
 
 
 def png(figure: Figure) -> bytes:

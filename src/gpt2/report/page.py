@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from gpt2.evaluation.text_metrics import describe_settings
 from gpt2.report.figures import for_page
 
 # The surprise of a token by its loss in nats, in words: it had at least that probability.
@@ -209,14 +210,9 @@ def _samples(samples: pd.DataFrame, sampled: Mapping[str, Any]) -> str:
     parts = ["<p>What the model writes after each prompt (bold), under several settings of sampling.</p>"]
     for prompt, rows in samples.groupby("prompt", sort=False):
         parts.append(f"<h3>{escape(str(prompt))}</h3>")
-        for row in rows.drop(columns="prompt").to_dict("records"):
-            text = row.pop("text")
-            used = {name: value for name, value in row.items() if value not in ("", None)}
-            if float(used.get("repetition_penalty", 0)) == 1:
-                del used["repetition_penalty"]
-            setting = ", ".join(f"{name} {value}" for name, value in used.items())
-            parts.append(f'<p class="soft">{escape(setting)}</p>')
-            parts.append(f'<p class="text"><b>{escape(str(prompt))}</b>{escape(text)}</p>')
+        for row in rows.to_dict("records"):
+            parts.append(f'<p class="soft">{escape(describe_settings(row))}</p>')
+            parts.append(f'<p class="text"><b>{escape(str(prompt))}</b>{escape(row["text"])}</p>')
     measures = [(name, value) for name, value in sampled.items() if name != "model"]
     about = (
         "Over all samples: different n-grams for each n-gram (distinct), 4-grams that a text repeats of itself "

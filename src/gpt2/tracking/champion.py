@@ -7,6 +7,7 @@ The test split is only reported: who chooses by it has no fair figure left.
 """
 
 import re
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -29,6 +30,7 @@ from gpt2.tracking.store import STORE_ERRORS, open_store, store_lock
 
 VAL_LOSS, VERDICT = "gpt2.val_loss", "gpt2.verdict"
 BY_HAND = "promoted by hand"
+SECTION = r"\[\d+:\d+\]$"  # of a document's name, where it is a part of a text: see splits.py
 VAL_SHA256, STRIDE, TOKENIZER = "gpt2.val_sha256", "gpt2.stride", "gpt2.tokenizer"
 MEASURE = (VAL_SHA256, STRIDE, TOKENIZER)  # where they are equal, so is what VAL_LOSS means
 
@@ -127,19 +129,37 @@ def _new_documents(pair: tuple[ModelVersion, ModelVersion]) -> tuple[pd.DataFram
 
     Raises UserError if none is new, or this is not known.
     """
-    validation = pd.read_csv(DOCUMENTS).query("split == 'val'")
-    new = validation[~validation["sha256"].isin(_trained_on(pair[0]) | _trained_on(pair[1]))]
+    new = validation = _read_documents(DOCUMENTS).query("split == 'val'")
+    for known in _known_documents(pair[0]) + _known_documents(pair[1]):
+        new = new[_is_new(new, known)]
     if new.empty:
         raise UserError("it was trained on all of the validation split")
     return new, len(validation)
 
 
-def _trained_on(version: ModelVersion) -> set[str]:
-    """Return the SHA-256 of the documents that a model was trained on, or a registered one that it started from.
+def _is_new(documents: pd.DataFrame, known: pd.DataFrame) -> "pd.Series[bool]":
+    """Tell which documents a model was not trained on that knows a corpus, given as its documents.csv.
 
-    Raises UserError if they are not known.
+    A section is new if it was held out as it is, or nothing of its text was trained on: the text may be cut elsewhere.
     """
-    known: set[str] = set()
+    trained = known[known["split"] == "train"]
+    held_out = documents["sha256"].isin(known.loc[known["split"] != "train", "sha256"])
+    texts, trained_texts = (one["document"].str.replace(SECTION, "", regex=True) for one in (documents, trained))
+    is_section, is_trained_section = (one["document"].str.contains(SECTION) for one in (documents, trained))
+    overlaps = texts.isin(trained_texts[is_trained_section]) | (is_section & texts.isin(trained_texts))
+    return ~documents["sha256"].isin(trained["sha256"]) & (held_out | ~overlaps)
+
+
+def _read_documents(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype={"document": str}, keep_default_na=False)
+
+
+def _known_documents(version: ModelVersion) -> list[pd.DataFrame]:
+    """Return the documents.csv of a model and of the registered ones that it started from.
+
+    Raises UserError if what they were trained on is not known.
+    """
+    known: list[pd.DataFrame] = []
     line: set[str] = set()
     parent: ModelVersion | None = version
     while parent:
@@ -147,7 +167,7 @@ def _trained_on(version: ModelVersion) -> set[str]:
         path = artifacts_folder(version) / DOCUMENTS.name
         if not path.exists():
             raise UserError("what it was trained on is not known")
-        known |= set(pd.read_csv(path).query("split == 'train'")["sha256"])
+        known.append(_read_documents(path))
         line.add(version.tags[MODEL_SHA256])
         started_from = version.tags.get(PARENT_SHA256, "")
         if started_from in line:  # training changed nothing

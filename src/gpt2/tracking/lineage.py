@@ -22,12 +22,12 @@ from gpt2.core.files import read_json, sha256_of, write_json
 from gpt2.core.paths import ROOT, TOKENS, main_root
 from gpt2.core.validation import check
 from gpt2.training.checkpoints import Checkpoints
-from gpt2.training.optimizers import shared_steps
+from gpt2.training.optimizers import steps_before_decay
 
 UNCOMMITTED = ("src", "dvc.yaml", "params.yaml", "requirements.txt")  # what a diff to the commit is of
 PRETRAINED = "data/pretrained"  # of which a training reads no more than parent_sha256 tells
 # Parameters that may differ where the first steps are equal.
-SHARED = {"max_steps", "decay_fraction", "checkpoint_interval", "log_checkpoints"}
+MAY_DIFFER = {"max_steps", "decay_fraction", "checkpoint_interval", "log_checkpoints"}
 # Those that tell how to compute, not what: a training goes on in another number of processes.
 HOW_TO_COMPUTE = {"launcher", "nproc_per_node", "parallel", "activation_checkpointing"}
 Lineage = dict[str, Any]
@@ -97,13 +97,13 @@ def describe_saved_trainings(lineage: Lineage) -> list[str]:
     return lines
 
 
-def shared_checkpoint(lineage: Lineage) -> Path | None:
+def checkpoint_to_extend(lineage: Lineage) -> Path | None:
     """Return the last checkpoint of another training that has the same first steps until then, if there is one."""
     found = []
     for folder, other in _other_trainings(lineage):
         if _first_steps(other) == _first_steps(lineage):
-            steps = min(shared_steps(check(TrainParams, one["train"], str(folder))) for one in (other, lineage))
-            found.append(Checkpoints(folder, steps).shared())
+            steps = min(steps_before_decay(check(TrainParams, one["train"], str(folder))) for one in (other, lineage))
+            found.append(Checkpoints(folder, steps).before_decay())
     return max(filter(None, found), key=lambda path: path.name, default=None)
 
 
@@ -122,7 +122,7 @@ def _other_trainings(lineage: Lineage) -> Iterator[tuple[Path, Lineage]]:
 
 def _first_steps(lineage: Lineage) -> Lineage:
     """Return what the steps before the decay of the learning rates depend on."""
-    train = {name: value for name, value in lineage["train"].items() if name not in SHARED | HOW_TO_COMPUTE}
+    train = {name: value for name, value in lineage["train"].items() if name not in MAY_DIFFER | HOW_TO_COMPUTE}
     parent = lineage.get("parent_sha256")
     return {name: lineage[name] for name in ("files", "model", "runtime", "torch")} | {"train": train, "parent": parent}
 
@@ -193,7 +193,7 @@ def git(*arguments: str, index: Path | None = None) -> str:
         return subprocess.check_output(
             ["git", "-c", "safe.directory=*", *arguments],
             cwd=ROOT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             stderr=subprocess.DEVNULL,
             env=os.environ | ({"GIT_INDEX_FILE": str(index)} if index else {}),

@@ -20,6 +20,7 @@ from gpt2.config import Params, SamplingParams
 from gpt2.core.errors import UserError, one_line
 from gpt2.core.files import read_json, sha256_of
 from gpt2.core.paths import LINEAGE, METRICS, MODEL, PARAMS, PLOTS, RECEIPT, REPORT, SAMPLES, TOKENS, experiment_name
+from gpt2.evaluation.text_metrics import describe_settings
 from gpt2.tracking.datasets import split_datasets
 from gpt2.tracking.lineage import Lineage, changes_since_commit, flatten, hash_of, run_key
 from gpt2.tracking.local_registry import MODEL_SHA256
@@ -239,14 +240,10 @@ def _readable(samples: pd.DataFrame) -> pd.DataFrame:
     """Put what MLflow's comparison of runs shows first: the texts, by prompt and settings."""
     settings = samples[[name for name in SamplingParams.model_fields if name in samples]]
     labels = [
-        f"{prompt} [{', '.join(f'{name} {value:g}' for name, value in row.items() if _is_set(name, value))}]"
+        f"{prompt} [{describe_settings(row)}]"
         for prompt, row in zip(samples["prompt"], settings.to_dict("records"), strict=True)
     ]
     others = samples.drop(columns=["text"])
     others.insert(0, "prompt [settings]", labels)
     others.insert(1, "text", samples["text"])
     return others
-
-
-def _is_set(name: Any, value: float) -> bool:
-    return pd.notna(value) and (name, value) != ("repetition_penalty", 1)

@@ -31,11 +31,11 @@ Tensors = dict[str, Tensor]
 class Checkpoints:
     """The checkpoints of one training, in a folder that nothing else uses.
 
-    The last one within the first `shared_steps` steps is for a longer training to go on from.
+    The last one within the first `steps_before_decay` steps stays, for a longer training to go on from.
     """
 
-    def __init__(self, folder: Path, shared_steps: int = 0) -> None:
-        self.folder, self.shared_steps = folder, shared_steps
+    def __init__(self, folder: Path, steps_before_decay: int = 0) -> None:
+        self.folder, self.steps_before_decay = folder, steps_before_decay
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -49,10 +49,10 @@ class Checkpoints:
     def save(
         self, step: int, model: nn.Module, optimizers: Optimizers, notes: dict[str, Any], best: Tensors | None = None
     ) -> None:
-        """Write the checkpoint after `step` steps, with notes that JSON can hold; keep the last two and the shared one.
+        """Write the checkpoint after `step` steps, with notes that JSON can hold.
 
-        `best` are the weights of the lowest validation loss, by name. Raises OSError; the checkpoints before are intact
-        then.
+        The last two and that before the decay are kept. `best` are the weights of the lowest validation loss, by name.
+        Raises OSError; the checkpoints before are intact then.
         """
         from gpt2.training import dcp
 
@@ -70,7 +70,7 @@ class Checkpoints:
                 delete(written)
             raise OSError(f"the checkpoint of step {step} cannot be saved ({error}); {self.last()}") from None
         for old in self._files()[KEPT:]:
-            if old != self.shared():
+            if old != self.before_decay():
                 delete(old)
 
     def restore(
@@ -103,9 +103,9 @@ class Checkpoints:
         """Tell whether there is no checkpoint."""
         return not self._files()
 
-    def shared(self) -> Path | None:
-        """Return the last checkpoint that a longer training has too, if there is one."""
-        return next((path for path in self._files() if _step_of(path) <= self.shared_steps), None)
+    def before_decay(self) -> Path | None:
+        """Return the last checkpoint before the decay, which a longer training has too, if there is one."""
+        return next((path for path in self._files() if _step_of(path) <= self.steps_before_decay), None)
 
     def go_on_from(self, other: Path) -> None:
         """Take a checkpoint of another training that has the same first steps. Raises OSError."""
@@ -119,15 +119,15 @@ class Checkpoints:
                 raise
 
     def finish(self) -> None:
-        """Keep the shared checkpoint alone, in place of that of the training that was finished before.
+        """Keep the checkpoint before the decay alone, in place of that of the training that was finished before.
 
         Does nothing while another process uses these checkpoints.
         """
-        shared, finished = self.shared(), Checkpoints(self.folder.with_name(FINISHED))
-        if shared:
+        kept, finished = self.before_decay(), Checkpoints(self.folder.with_name(FINISHED))
+        if kept:
             with suppress(Timeout), FileLock(self._lock, blocking=False), FileLock(finished._lock):
                 for path in self._files():
-                    if path != shared:
+                    if path != kept:
                         delete(path)
                 publish(self.folder, finished.folder)
                 finished._lock.unlink()

@@ -24,7 +24,7 @@ def learning_rate_factor(step: int, params: TrainParams) -> float:
     return min(1.0, warmup, decay)
 
 
-def shared_steps(params: TrainParams) -> int:
+def steps_before_decay(params: TrainParams) -> int:
     """Return the number of first steps that a longer training has too: those before the decay, without the last."""
     return params.max_steps - max(1, math.ceil(params.decay_fraction * params.max_steps))
 

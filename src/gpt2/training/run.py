@@ -79,7 +79,8 @@ def run_training(
 
     Return the final metrics and what was logged; the model then has the weights that params.keep names.
 
-    `seen` (V,) tells which tokens the training split has. If there is a checkpoint, the training resumes from it, and
+    `seen` (V,) tells which tokens need rows of their own in the output projection: those of the training split, and of
+    what an earlier training knows (keep_rows). If there is a checkpoint, the training resumes from it, and
     log_metrics(step, metrics) first receives the logged history again. log_weights(step) is called when the model's
     weights are to be logged. On a CPU, the weights depend on the model, the tokens, params, threads and precision
     alone, not on interruptions; on a GPU, whose sums may come in another order, to rounding. Raises UserError if a

@@ -20,7 +20,7 @@ from gpt2.training import distributed, parallel
 from gpt2.training.checkpoints import Checkpoints
 from gpt2.training.cuda_graph import capture
 from gpt2.training.history import LogWeights
-from gpt2.training.optimizers import build_optimizers, set_learning_rates, shared_steps
+from gpt2.training.optimizers import build_optimizers, set_learning_rates, steps_before_decay
 from gpt2.training.training_log import TrainingLog
 
 
@@ -140,7 +140,7 @@ def train(
         last = log.is_over(done)
         if last or done % params.log_interval == 0:
             log.log_training(done)
-        if last or stopping or done % params.checkpoint_interval == 0 or done == shared_steps(params):
+        if last or stopping or done % params.checkpoint_interval == 0 or done == steps_before_decay(params):
             with log.paused():
                 trainer.save(done, log.state())
         if stopping or (last and stop_signal()):  # also one that came while the last step was saved
