@@ -44,34 +44,42 @@ def split_documents(
     documents, left_out = _keep_equal_together(documents, params.deduplicate)
     fractions = {"test": params.test_fraction, "val": params.val_fraction}
     missing = {name: fraction for name, fraction in fractions.items() if all(one.split != name for one in documents)}
-    pool = None if any(one.split is None for one in documents) else "train"  # the split of those to draw from
+    drawn_from = None if any(one.split is None for one in documents) else "train"
     if missing:
-        piece = min(missing.values()) * sum(one.size for one in documents if one.split == pool)
-        documents = [part for one in documents for part in (_cut(one, file, piece) if one.split == pool else (one,))]
-        documents, equal = _keep_equal_together(documents, params.deduplicate)  # sections too
+        piece = min(missing.values()) * sum(one.size for one in documents if one.split == drawn_from)
+        parts = (_cut(one, file, piece) if one.split == drawn_from else (one,) for one in documents)
+        documents, equal = _keep_equal_together([*itertools.chain.from_iterable(parts)], params.deduplicate)
         left_out += equal
     sizes = Counter[bytes]()
     for one in documents:
-        if one.split == pool:
+        if one.split == drawn_from:
             sizes[one.sha256] += one.size
+    drawn = _draw(sizes, missing, leave_one=drawn_from == "train" or all(one.split != "train" for one in documents))
+    for one in documents:
+        if one.split == drawn_from:
+            one.split = drawn.get(one.sha256, "train")
+    _check(documents, {name: fraction * sizes.total() for name, fraction in missing.items()}, params)
+    return documents, left_out
+
+
+def _draw(sizes: Counter[bytes], fractions: dict[str, float], leave_one: bool) -> dict[bytes, str]:
+    """Return the splits of texts, by hash, that make these fractions of all bytes, and have at least a text each.
+
+    The order of the hashes stands in for a shuffle: it is the same for the same texts, whatever their names or order.
+    Texts larger than a split should be are taken last, the largest at the very last.
+    """
     total = sizes.total()
-    # The order of the hashes stands in for a shuffle: it is the same for the same texts, whatever their names or order.
-    # Documents larger than a split should be are taken last, so that the largest stay in train.
-    most = max(missing.values(), default=0) * total
-    shuffled = sorted(sorted(sizes), key=lambda sha256: -sizes[sha256] if sizes[sha256] > most else 0)
-    is_trained = pool == "train" or all(one.split != "train" for one in documents)
+    most = max(fractions.values(), default=0) * total
+    large = sorted((one for one in sorted(sizes) if sizes[one] > most), key=sizes.__getitem__, reverse=True)
+    left = large + sorted(one for one in sizes if sizes[one] <= most)  # taken from the end
     drawn: dict[bytes, str] = {}
-    for place, (name, fraction) in enumerate(missing.items(), start=1):
+    for later, (name, fraction) in zip(reversed(range(len(fractions))), fractions.items(), strict=True):
         taken = 0
-        while taken < fraction * total and len(shuffled) > len(missing) - place + is_trained:  # one is kept for each
-            sha256 = shuffled.pop()
+        while taken < fraction * total and len(left) > later + leave_one:
+            sha256 = left.pop()
             taken += sizes[sha256]
             drawn[sha256] = name
-    for one in documents:
-        if one.split == pool:
-            one.split = drawn.get(one.sha256, "train")
-    _check(documents, {name: fraction * total for name, fraction in missing.items()}, params)
-    return documents, left_out
+    return drawn
 
 
 def _cut(document: Document, file: BinaryIO, most: float) -> list[Document]:
