@@ -1,7 +1,6 @@
 """Stage train: a GPT-2 learns the training split; its weights go to data/model, its curves to data/plots."""
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -49,12 +48,7 @@ def main() -> None:
         for folder in checkpoint_folder("").glob("*/"):
             Checkpoints(folder).remove()
         return
-    try:
-        params = load_params(PARAMS)
-    except UserError:
-        if os.environ.get("RANK", "0") != "0":  # the first of several processes tells it
-            sys.exit(2)
-        raise
+    params = load_params(PARAMS)
     if is_launcher(params.train):
         launch(params.train.nproc_per_node)
     with process_group(params.runtime.device) as device:

@@ -70,8 +70,9 @@ def _draw(sizes: Counter[bytes], fractions: dict[str, float], leave_one: bool) -
     """
     total = sizes.total()
     most = max(fractions.values(), default=0) * total
-    large = sorted((one for one in sorted(sizes) if sizes[one] > most), key=sizes.__getitem__, reverse=True)
-    left = large + sorted(one for one in sizes if sizes[one] <= most)  # taken from the end
+    ordered = sorted(sizes)
+    large = sorted((one for one in ordered if sizes[one] > most), key=sizes.__getitem__, reverse=True)
+    left = large + [one for one in ordered if sizes[one] <= most]  # taken from the end
     drawn: dict[bytes, str] = {}
     for later, (name, fraction) in zip(reversed(range(len(fractions))), fractions.items(), strict=True):
         taken = 0

@@ -22,7 +22,7 @@ CHUNK = 2**18  # tokens of the corpus looked at at once
 
 
 def describe_settings(row: Mapping[Any, Any]) -> str:
-    """Return the settings and the seed of a row of samples.csv in words, without those that change nothing."""
+    """Return the settings and the seed of a row of samples.csv in words, without those not set and a penalty of 1."""
     names = [name for name in (*SamplingParams.model_fields, "seed") if name in row]
     numbers = {name: float(row[name]) for name in names if pd.notna(row[name]) and row[name] != ""}
     if numbers.get("repetition_penalty") == 1:

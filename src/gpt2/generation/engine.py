@@ -98,7 +98,8 @@ class Request:
 
     def score_prompt(self, logits: Tensor) -> None:
         """Score the next of the prompt's tokens, from the logits before each (T, V)."""
-        self.scores += score(logits, self.tokens[len(self.scores) + 1 :][: len(logits)], self._logprobs or 0)
+        first = self.context_start + len(self.scores) + 1
+        self.scores += score(logits, self.tokens[first : first + len(logits)], self._logprobs or 0)
 
 
 def check_prompt(prompt: str) -> None:

@@ -136,7 +136,7 @@ def make_app(
         began = time.monotonic()
         body = await read_body(request)
         asked, choices = await asyncio.to_thread(read_choices, body, limits.max_tokens, tokenizer, max_len)
-        check_name(asked.model or name)
+        check_name(name if asked.model is None else asked.model)
         if app.state.draining:
             raise HTTPException(503, "the server is stopping", {"Retry-After": "10"})
         room = MAX_SLOTS + limits.max_waiting

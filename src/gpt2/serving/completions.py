@@ -51,7 +51,7 @@ class Completion(SamplingParams):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None  # who asks, on which nothing depends
-    # Clients send these at the values that change nothing; no other is supported.
+    # Clients send these at OpenAI's defaults, which change nothing; no other value is supported.
     best_of: Annotated[int, Field(ge=1, le=1)] = 1
     frequency_penalty: Annotated[Float, Field(ge=0, le=0)] = 0.0
     presence_penalty: Annotated[Float, Field(ge=0, le=0)] = 0.0

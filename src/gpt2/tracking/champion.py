@@ -140,7 +140,8 @@ def _new_documents(pair: tuple[ModelVersion, ModelVersion]) -> tuple[pd.DataFram
 def _is_new(documents: pd.DataFrame, known: pd.DataFrame) -> "pd.Series[bool]":
     """Tell which documents a model was not trained on that knows a corpus, given as its documents.csv.
 
-    A section is new if it was held out as it is, or nothing of its text was trained on: the text may be cut elsewhere.
+    A document is known by its SHA-256. A section is new if it was held out as it is, or no section of the text of this
+    name was trained on, nor all of it: the text may be cut elsewhere.
     """
     trained = known[known["split"] == "train"]
     held_out = documents["sha256"].isin(known.loc[known["split"] != "train", "sha256"])
