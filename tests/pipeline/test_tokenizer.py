@@ -19,7 +19,8 @@ def test_an_experiment_with_a_vocabulary_of_its_own(
     mine = shutil.copytree(checkout, tmp_path / "gpt2", symlinks=True)
     here = f"cd {mine} &&"
     text = "Ῥόδα {i} = ροδόεντα;\n\tfor (int i = 0; i < {i}; ++i) バラは赤い、すみれは青い。\n\n"
-    (mine / "data/raw/poems.txt").write_text("".join(text.replace("{i}", str(i)) for i in range(300)))
+    (mine / "data/raw/poems.txt").unlink()
+    (mine / "data/raw/roses.txt").write_text("".join(text.replace("{i}", str(i)) for i in range(300)))
     shell(f"{here} {COMMIT_RESULTS} && python src/register.py --repair")
     said = shell(f"{here} dvc exp run -S prepare.tokenizer=bpe -S prepare.vocab_size=300").stdout
     assert re.search(

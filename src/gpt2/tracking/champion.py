@@ -133,7 +133,7 @@ def _new_documents(pair: tuple[ModelVersion, ModelVersion]) -> tuple[pd.DataFram
     for known in _known_documents(pair[0]) + _known_documents(pair[1]):
         new = new[_is_new(new, known)]
     if new.empty:
-        raise UserError("it was trained on all of the validation split")
+        raise UserError("no validation document is surely new to both")
     return new, len(validation)
 
 
