@@ -42,11 +42,11 @@ WORKDIR /project
 COPY --chown=1000:1000 . .
 
 USER 1000:1000
-# dvc exp needs a commit to start from. Texts and weights of one's own are not written again for another mode.
+# dvc exp needs a commit to start from. Texts and weights that all may read are not written again for another mode.
 RUN git init --quiet \
     && git add --all \
     && git commit --quiet --message "The project as it was built into the image" \
-    && find . \( -path './data/raw/*' -o -path './data/pretrained/*' \) -prune -o -exec chmod a+rwX {} +
+    && find . ! \( \( -path './data/raw/*' -o -path './data/pretrained/*' \) -type f -perm -444 \) -exec chmod a+rwX {} +
 
 EXPOSE 5000 8000
 STOPSIGNAL SIGINT
