@@ -19,7 +19,7 @@ from gpt2.core.paths import METRICS, MODEL, PARAMS, SAMPLES, TOKENS
 from gpt2.core.progress import Progress
 from gpt2.data.batches import load_tokens
 from gpt2.data.tokenizer import Tokenizer, load_tokenizer
-from gpt2.evaluation.text_metrics import describe_settings, measure
+from gpt2.evaluation.text_metrics import measure, quote
 from gpt2.generation.engine import MAX_SLOTS, Engine, GenerationSettings, Request
 from gpt2.model.weights import load_model, short_name
 
@@ -67,9 +67,7 @@ def page(table: pd.DataFrame) -> str:
     parts = ["# Samples\n"]
     for prompt, rows in table.groupby("prompt", sort=False):
         parts.append(f"## {' '.join(str(prompt).split())}\n")
-        for row in rows.to_dict("records"):
-            text = f"**{prompt}**{row['text']}".replace("\n", "\n> ")
-            parts.append(f"*{describe_settings(row)}*\n\n> {text}\n")
+        parts += map(quote, rows.to_dict("records"))
     return "\n".join(parts)
 
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from gpt2.config import champion_uri
 from gpt2.core.cli import Parser, run_command
 from gpt2.core.errors import UserError
-from gpt2.core.fields import MOST, Device, Section
+from gpt2.core.fields import MOST, Device, Section, Text
 from gpt2.core.paths import PARAMS
 from gpt2.core.validation import check
 from gpt2.generation.engine import MAX_SLOTS, Engine
@@ -36,7 +36,7 @@ LAST_SECONDS = 2  # for what is left to send when all texts have ended, or been 
 class Options(Section, strict=False):
     """What is set for the whole server; texts are those that clients ask for."""
 
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    host: Text = "127.0.0.1"
     port: Annotated[int, Field(ge=0, lt=2**16)] = 8000
     max_tokens: Annotated[int, Field(gt=0, lt=MOST)] = 1024
     max_waiting: Annotated[int, Field(ge=0, lt=MOST)] = 256

@@ -6,17 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from generation.helpers import ROUNDED
+from generation.helpers import ROUNDED, logits_after
 from gpt2.generation.decoder import Decoder
 from gpt2.generation.linear import Quantization
 from gpt2.model.gpt2 import GPT2Model
 
 MakeModel = Callable[..., GPT2Model]
 OPENAI = {"tie_weights": True, "qkv_bias": True, "activation": "gelu_tanh"}
-
-
-def logits_after(decoder: Decoder, texts: dict[int, list[int]], start: int = 0) -> torch.Tensor:
-    return decoder.logits(decoder.prefill(texts, start)[range(len(texts)), [len(text) - 1 for text in texts.values()]])
 
 
 def logits_of(model: GPT2Model, texts: list[list[int]]) -> torch.Tensor:

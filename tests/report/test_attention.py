@@ -1,25 +1,18 @@
 """Attention in pictures and in plain characters: the right weights, at the right tokens, within 80 columns."""
 
-import io
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from gpt2.report.attention import draw_heads, token_labels
+from gpt2.report.figures import png
 from gpt2.report.terminal import terminal_map, terminal_maps
 
 LABELS = ["The", "cat", "$x_$"]
 WEIGHTS = torch.tensor([[1, 0, 0], [0.25, 0.75, 0], [0.054, 0, 0.946]])
-
-
-def png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
 
 
 def heads_of(*shape: int) -> Tensor:

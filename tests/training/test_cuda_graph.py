@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.helpers import logits_after
 from gpt2.config import RuntimeParams, TrainParams
 from gpt2.core.files import delete
 from gpt2.core.validation import check
@@ -133,8 +134,7 @@ def test_a_decoders_logits_are_the_models(make_model: MakeModel) -> None:
             return torch.stack([model(torch.tensor([text]))[0, -1] for text in texts])
 
     decoder = Decoder(deepcopy(model).cuda(), slots=4)
-    hidden_states = decoder.prefill(dict(enumerate(texts)))
-    found = decoder.logits(hidden_states[range(3), [len(text) - 1 for text in texts]]).cpu()
+    found = logits_after(decoder, dict(enumerate(texts))).cpu()
     assert_close(found, expected())
     for new in ([7, 8, 9], [1, 1, 2]):
         found = decoder.step(new, [len(text) for text in texts]).cpu()

@@ -181,12 +181,12 @@ def _chooser(params: PrepareParams, root: Path) -> Callable[[Path], bool]:
     """Return whether a file is of the source: by its glob or prepare.files, or else by a known format."""
     if params.source.startswith(PREFIX):
         return lambda _: True
-    base = root / _base(params.source, root)
+    base = _base(params.source, root)
 
     def is_named(file: Path) -> bool:
-        return not params.files or file.relative_to(base).match(params.files)
+        return not params.files or file.relative_to(root / base).match(params.files)
 
-    if _base(params.source, root) == params.source:
+    if base == params.source:
         return lambda file: is_named(file) if params.files else reader_of(file) is not None
     try:
         # A glob that ends in ** finds files too from Python 3.13 on, if it has no slash behind.

@@ -13,6 +13,7 @@ from gpt2.core.errors import UserError
 SPLITS = ("train", "val", "test")
 SECTIONS = 5  # of the smallest split, that a document larger than it is cut into
 MOST_OVER = 3  # a split of more text than train may get this many times its fraction, since rows stay whole
+SECTION = r"\[\d+:\d+\]$"  # what the name of a document's section has behind the document's
 LONGEST_LINE = 1 << 20  # bytes; a longer line may be cut inside
 
 
@@ -48,7 +49,8 @@ def split_documents(
     if missing:
         piece = min(missing.values()) * sum(one.size for one in documents if one.split == drawn_from)
         parts = (_cut(one, file, piece) if one.split == drawn_from else (one,) for one in documents)
-        documents, equal = _keep_equal_together([*itertools.chain.from_iterable(parts)], params.deduplicate)
+        documents = list(itertools.chain.from_iterable(parts))
+        documents, equal = _keep_equal_together(documents, params.deduplicate)  # sections too
         left_out += equal
     sizes = Counter[bytes]()
     for one in documents:

@@ -1,4 +1,4 @@
-"""Generated texts: their settings in words, and metrics of diversity, repetition and copying.
+"""Generated texts: how they are shown, and metrics of diversity, repetition and copying.
 
 A text is the tokens that were written, without the prompt, which is not the model's. An n-gram is n tokens side by side
 in one text, so none begins in a prompt. Shapes: N tokens of a corpus, S places in a piece of it, G n-grams.
@@ -28,6 +28,12 @@ def describe_settings(row: Mapping[Any, Any]) -> str:
     if numbers.get("repetition_penalty") == 1:
         del numbers["repetition_penalty"]
     return ", ".join(f"{name} {int(one) if one.is_integer() else one}" for name, one in numbers.items())
+
+
+def quote(row: Mapping[Any, Any]) -> str:
+    """Return a row of samples.csv in markdown: its settings, and its text as a quotation, the prompt in bold."""
+    text = f"**{row['prompt']}**{row['text']}".replace("\n", "\n> ")
+    return f"*{describe_settings(row)}*\n\n> {text}\n"
 
 
 def measure(texts: Texts, training: Tokens) -> dict[str, float]:

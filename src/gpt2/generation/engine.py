@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpt2.config import SamplingParams
 from gpt2.core.errors import UserError
-from gpt2.core.fields import Count, Float, Natural
+from gpt2.core.fields import Count, Float, Natural, Text
 from gpt2.data.batches import SeenMask
 from gpt2.data.tokenizer import TextStream, Tokenizer
 from gpt2.generation.decoder import Decoder
@@ -35,7 +35,7 @@ class GenerationSettings(SamplingParams):
     temperature: Annotated[Float, Field(ge=0)] = 0.7
     top_k: Count | None = 40
     max_tokens: Count = 50
-    stop: Annotated[str, Field(min_length=1)] | None = None  # the text ends before it
+    stop: Text | None = None  # the text ends before it
     seed: Natural | None = None
 
 
@@ -144,7 +144,7 @@ class Engine:
                 waiting.remove(request)
                 request.finished = True
                 yield request, ""
-            reads: dict[int, Request] = {}  # by slot, those that the model reads more than a token of
+            reads: dict[int, Request] = {}  # by slot, prompts and halved contexts, which are not read by steps
             for slot, request in enumerate(running):
                 if len(request.unread) > 1 and _fit([*reads.values(), request]):
                     reads[slot] = request

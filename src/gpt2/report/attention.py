@@ -24,7 +24,7 @@ def token_labels(texts: Sequence[str]) -> list[str]:
 def draw_heads(weights: Tensor, labels: Sequence[str], heads: Sequence[tuple[int, int]]) -> Figure:
     """Draw the attention weights (L, H, T, T) of `heads`, each a (layer, head); `labels` (T,) are the tokens' texts.
 
-    Saved as png with metadata={"Software": None}, the same weights give the same bytes.
+    Drawn within figures.same_style and saved by its png, the same weights give the same bytes.
     """
     length = len(labels)
     side = max(2.4 if len(heads) <= 6 else 1.6, 0.17 * length)  # inches of a map

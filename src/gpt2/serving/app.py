@@ -76,9 +76,8 @@ def make_app(
     """Return the server's application. While its `state.draining` is true, new requests get status 503."""
     app = FastAPI(openapi_url=None)  # its pages would load scripts from the web
     app.state.draining = False
-    metrics, started = Metrics(engine), int(time.time())
-
-    model = {"id": name, "object": "model", "created": started, "owned_by": "gpt2"}
+    metrics = Metrics(engine)
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "gpt2"}
 
     def check_name(asked: str) -> None:
         if asked != name:
@@ -105,9 +104,10 @@ def make_app(
         return refuse(500, "internal error")
 
     async def authorize(request: Request) -> None:
+        if not api_key:
+            return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        is_right = scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), (api_key or "").encode())
-        if api_key and not is_right:
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), api_key.encode()):
             raise HTTPException(401, "the API key is missing or wrong", {"WWW-Authenticate": "Bearer"})
 
     @app.api_route("/", methods=["GET", "HEAD"])

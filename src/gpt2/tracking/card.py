@@ -15,7 +15,7 @@ from gpt2.config import Params, PrepareParams
 from gpt2.core.files import read_json
 from gpt2.core.paths import METRICS, SAMPLES, TOKENS
 from gpt2.evaluation.perplexity import summarize
-from gpt2.evaluation.text_metrics import describe_settings
+from gpt2.evaluation.text_metrics import quote
 from gpt2.tracking.champion import BY_HAND, VERDICT
 from gpt2.tracking.lineage import Lineage
 from gpt2.tracking.registry import logged_model_of, uri_of
@@ -168,6 +168,4 @@ def _sample() -> str:
     """Return one sample as a quotation: the first under the settings with the middle temperature."""
     table = pd.read_csv(SAMPLES / "samples.csv", keep_default_na=False)
     middle = table["temperature"].sort_values().iloc[len(table) // 2]
-    row = table[table["temperature"] == middle].iloc[0]
-    quoted = f"**{row['prompt']}**{row['text']}".replace("\n", "\n> ")
-    return f"*{describe_settings(row)}*\n\n> {quoted}\n"
+    return quote(table[table["temperature"] == middle].iloc[0])

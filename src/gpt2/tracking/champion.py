@@ -20,6 +20,7 @@ from gpt2.core.device import autocast, choose_device, choose_precision
 from gpt2.core.errors import UserError
 from gpt2.core.paths import MODEL, TOKENS
 from gpt2.data.batches import load_tokens
+from gpt2.data.splits import SECTION
 from gpt2.data.tokenizer import load_tokenizer
 from gpt2.evaluation.perplexity import mean_loss, summarize
 from gpt2.model.weights import load_model
@@ -30,7 +31,6 @@ from gpt2.tracking.store import STORE_ERRORS, open_store, store_lock
 
 VAL_LOSS, VERDICT = "gpt2.val_loss", "gpt2.verdict"
 BY_HAND = "promoted by hand"
-SECTION = r"\[\d+:\d+\]$"  # of a document's name, where it is a part of a text: see splits.py
 VAL_SHA256, STRIDE, TOKENIZER = "gpt2.val_sha256", "gpt2.stride", "gpt2.tokenizer"
 MEASURE = (VAL_SHA256, STRIDE, TOKENIZER)  # where they are equal, so is what VAL_LOSS means
 
@@ -138,7 +138,7 @@ def _new_documents(pair: tuple[ModelVersion, ModelVersion]) -> tuple[pd.DataFram
 
 
 def _is_new(documents: pd.DataFrame, known: pd.DataFrame) -> "pd.Series[bool]":
-    """Tell which documents a model was not trained on that knows a corpus, given as its documents.csv.
+    """Tell which documents are new to a model that was trained on the train split of `known`, a documents.csv.
 
     A document is known by its SHA-256. A section is new if it was held out as it is, or no section of the text of this
     name was trained on, nor all of it: the text may be cut elsewhere.
